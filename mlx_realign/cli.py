@@ -1,0 +1,71 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`mlx-realign <name> ...`: a command is a file of this package with a `main(argv)`, found by its name.
+
+`mlx-realign train` runs mlx_realign/train.py, `mlx-realign data` runs mlx_realign/data/__main__.py, and
+`python -m mlx_realign.train` is the same. Exit codes: 0 done, 1 a fault, 2 the user's input is wrong, 130 interrupted.
+"""
+
+import ast
+import importlib
+import os
+import sys
+from collections.abc import Callable, Sequence
+from importlib import metadata
+from pathlib import Path
+
+from .errors import UserError
+from .flags import nearest
+
+PACKAGE = Path(__file__).parent
+
+
+def entry(argv: Sequence[str] | None = None) -> int:
+    """The console script; returns the exit code."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    return run(_dispatch, words)
+
+
+def run(main: Callable[[list[str]], int | None], argv: Sequence[str] | None = None) -> int:
+    """Runs a command's `main` and returns its exit code. A UserError is one message on standard error and code 2."""
+    try:
+        return main(list(sys.argv[1:] if argv is None else argv)) or 0
+    except UserError as error:
+        sys.stdout.flush()
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader of our output, `head` say, has gone: nothing is wrong
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def commands() -> dict[str, tuple[str, str]]:
+    """Name -> (module, first line of its docstring). Files are read, not imported: MLX takes half a second."""
+    found = {}
+    for path in sorted([*PACKAGE.glob("*.py"), *PACKAGE.glob("*/__main__.py")]):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        if path.stem == "cli" or not any(isinstance(n, ast.FunctionDef) and n.name == "main" for n in tree.body):
+            continue
+        module = ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts)
+        name = path.parent.name if path.stem == "__main__" else path.stem
+        found[name] = (module, (ast.get_docstring(tree) or "").split("\n")[0])
+    return found
+
+
+def _dispatch(words: list[str]) -> int | None:
+    known = commands()
+    if not words or words[0] in ("-h", "--help", "help"):
+        width = max(map(len, known), default=0)
+        print("usage: mlx-realign COMMAND [flags]\n\nRealign a language model with MLX. COMMAND --help says more.\n")
+        for name, (_, doc) in known.items():
+            print(f"  {name:<{width}}  {doc}")
+        return 0
+    if words[0] == "--version":
+        print(", ".join(f"{name} {metadata.version(name)}" for name in ("mlx-realign", "mlx", "mlx-lm")))
+        return 0
+    if words[0] not in known:
+        raise UserError(f"no command {words[0]!r}.{nearest(words[0], known)} There are: {', '.join(known)}.")
+    module = importlib.import_module(known[words[0]][0])
+    return module.main(words[1:])
