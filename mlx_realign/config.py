@@ -132,7 +132,7 @@ def parse(argv: Sequence[str]) -> Run:
     if method is None:
         if "-h" in words or "--help" in words:
             _print_help(None)
-        raise UserError(f"--method is needed: one of {', '.join(methods())}.")
+        raise UserError(f"--method is needed: one of {', '.join(_methods().names())}.")
     fields = _fields(method)
     try:
         flags = scan(words, fields)
@@ -153,7 +153,7 @@ def build(method: str, values: Mapping[str, Any]) -> Run:
     known = {key: convert_entry(fields, key, key, value) for key, value in values.items()}
     shared = fields_of(TrainSettings)
     settings = TrainSettings(**{key: value for key, value in known.items() if key in shared})
-    own = method_module(method).Config(**{key: value for key, value in known.items() if key not in shared})
+    own = _methods().find(method).Config(**{key: value for key, value in known.items() if key not in shared})
     check(settings)
     return Run(settings, method, own)
 
@@ -165,18 +165,6 @@ def convert_entry(fields: Mapping[str, Field], key: str, where: str, value: Any)
             raise UserError(f"{where}: recipes are flat; move the keys of table [{key}] to the top of the file.")
         raise UserError(f"{where}: unknown key.{nearest(key, fields)} mlx-realign train --help lists them all.")
     return convert(fields[key].kind, value, where)
-
-
-def methods() -> list[str]:
-    """Names of the methods there are: the files of methods/."""
-    return sorted(path.stem for path in (PACKAGE / "methods").glob("*.py") if not path.stem.startswith("_"))
-
-
-def method_module(name: str) -> Any:
-    """The module methods/<name>.py; UserError when there is none."""
-    if name not in methods():
-        raise UserError(f"no method {name!r}.{nearest(str(name), methods())} There are: {', '.join(methods())}.")
-    return importlib.import_module(f".methods.{name}", __package__)
 
 
 def check(settings: TrainSettings) -> None:
@@ -208,7 +196,12 @@ def _require(settings: TrainSettings, name: str, expected: str, holds: Any) -> N
 
 
 def _fields(method: str) -> dict[str, Field]:
-    return fields_of(TrainSettings) | fields_of(method_module(method).Config)
+    return fields_of(TrainSettings) | fields_of(_methods().find(method).Config)
+
+
+def _methods() -> Any:
+    """The package of methods, imported late and by name, as it finds its own files: it stands above this module."""
+    return importlib.import_module(".methods", __package__)
 
 
 def _take(words: list[str], flag: str) -> str | None:
@@ -244,10 +237,10 @@ def _read_recipe(name: str) -> dict[str, tuple[str, Any]]:
 
 def _print_help(method: str | None) -> NoReturn:
     print("usage: mlx-realign train --method NAME --model MODEL --data DATA [--config RECIPE] [flags]\n")
-    print(f"Methods: {', '.join(methods())}. Flags override the TOML recipe, whose keys are the flags' names.\n")
+    print(f"Methods: {', '.join(_methods().names())}. Flags override the TOML recipe; its keys are the flags' names.\n")
     if method is None:
         print("A method's own settings: mlx-realign train --method NAME --help\n")
     else:
-        print(f"Settings of {method}:\n{help_text(fields_of(method_module(method).Config).values())}\n")
+        print(f"Settings of {method}:\n{help_text(fields_of(_methods().find(method).Config).values())}\n")
     print(f"Settings of every method:\n{help_text(fields_of(TrainSettings).values())}")
     raise SystemExit(0)
