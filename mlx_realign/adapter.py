@@ -1,0 +1,272 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The adapter of a model: put on, switched off and on, read and written.
+
+`attach` freezes the model and wraps its linear layers; `set_enabled` turns the wrapped model into its base and back without
+a second copy or a new trace; `save` and `load` keep mlx-lm's folder format, and `load` reads PEFT's as well.
+"""
+
+from math import sqrt
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_unflatten
+
+from .adapter_files import PEFT_WEIGHTS, WEIGHTS, AdapterFile, read_mlx, write_folder
+from .adapter_layers import EMBEDDING, LINEAR, SWITCH, TRAINED, Adapter, DoRALinear, base_of, matrix_shape, wrap
+from .adapter_peft import read_peft
+from .errors import UserError
+
+ROUTERS = ("gate", "router", "shared_expert_gate")  # they choose experts: moving them changes which expert is trained
+
+
+def attach(
+    model: nn.Module,
+    *,
+    rank: int,
+    alpha: float,
+    dropout: float = 0.0,
+    targets: str = "all-linear",
+    layers: int = -1,
+    dora: bool = False,
+    rslora: bool = False,
+    seed: int = 0,
+) -> list[str]:
+    """Freeze `model` and wrap its targets in fresh adapters, which change nothing yet; returns their paths.
+
+    targets: `all-linear` (linear and expert layers of the decoder blocks, never a router) and/or comma-separated names:
+    `q_proj`, `self_attn.q_proj` or a whole path; `embed_tokens` and `lm_head` only by name. layers: last n blocks, -1 all.
+    The scale is alpha / rank, with rslora alpha / sqrt(rank).
+    Raises UserError for an unknown target, a router, nothing to adapt, DoRA on experts or embeddings, rank < 1.
+    """
+    if rank < 1:
+        raise UserError(f"--lora-rank is {rank}, expected 1 or more.")
+    paths = find_targets(model, targets, layers)
+    scale = alpha / (sqrt(rank) if rslora else rank)
+    put_on(model, paths, rank=rank, scale=scale, dropout=dropout, dora=dora, seed=seed)
+    return paths
+
+
+def put_on(
+    model: nn.Module, paths: list[str], *, rank: int, scale: float, dropout: float, dora: bool, seed: int = 0
+) -> None:
+    """Freeze `model` and wrap the modules at `paths`. UserError where DoRA has no layer for one of them."""
+    if adapters_of(model):
+        raise ValueError("the model carries an adapter already")
+    modules = dict(model.named_modules())
+    if dora and (others := [path for path in paths if not isinstance(modules[path], LINEAR)]):
+        raise UserError(
+            f"DoRA is for linear layers; {others[0]} is a {type(modules[others[0]]).__name__}. "
+            "Leave --dora off, or name linear layers in --lora-targets."
+        )
+    model.freeze()
+    keys = mx.random.split(mx.random.key(seed), len(paths))
+    wrapped = [
+        (path, wrap(modules[path], rank=rank, scale=scale, dropout=dropout, dora=dora, key=key))
+        for path, key in zip(paths, keys, strict=True)
+    ]
+    model.update_modules(tree_unflatten(wrapped))
+
+
+def find_targets(model: nn.Module, targets: str = "all-linear", layers: int = -1) -> list[str]:
+    """Paths of the modules that `targets` and `layers` mean (see attach), blocks in order. Raises UserError."""
+    known = adaptable(model)
+    blocks = blocks_of(model)
+    inside = tuple(path + "." for path in blocks)
+    chosen = inside[-layers:] if layers > 0 else inside
+    found: set[str] = set()
+    for target in filter(None, (part.strip() for part in targets.split(","))):
+        if target == "all-linear":
+            hits = [path for path, module in known.items() if path.startswith(inside) and not isinstance(module, EMBEDDING)]
+        else:
+            hits = [path for path in known if names(target, path)]
+        if not hits:
+            raise UserError(_unknown_target(model, target, known))
+        found.update(path for path in hits if path.startswith(chosen) or not path.startswith(inside))
+    if not found:
+        raise UserError(f"--lora-targets {targets!r} with --lora-layers {layers} leaves nothing to adapt.")
+    return [path for path in known if path in found]
+
+
+def names(target: str, path: str) -> bool:
+    """Whether `target` is the path or its end, whole parts only."""
+    return path == target or path.endswith("." + target)
+
+
+def _unknown_target(model: nn.Module, target: str, known: dict[str, nn.Module]) -> str:
+    for path, module in model.named_modules():
+        if names(target, path) and isinstance(module, LINEAR) and is_router(path):
+            return f"--lora-targets: {path} routes tokens to experts and is never adapted. Leave it out."
+    choices = sorted({path.rpartition(".")[2] for path in known})
+    return f"--lora-targets: no layer is called {target!r}. Known here: all-linear, {', '.join(choices)}."
+
+
+def adaptable(model: nn.Module, routers: bool = False) -> dict[str, nn.Module]:
+    """Path -> module of every layer an adapter fits on, blocks in order; a layer used twice counts once.
+
+    Layers with an adapter form of their own in mlx-lm (`to_lora`: they return several arrays) are left alone.
+    """
+    found: dict[int, tuple[str, nn.Module]] = {}
+    for path, module in sorted(model.named_modules(), key=lambda item: _natural(item[0])):
+        fits = isinstance(module, LINEAR + SWITCH + EMBEDDING) and not hasattr(module, "to_lora")
+        if fits and (routers or not is_router(path)):
+            found.setdefault(id(module), (path, module))
+    return dict(found.values())
+
+
+def is_router(path: str) -> bool:
+    """Whether the layer at `path` is, or belongs to, what chooses a mixture's experts."""
+    return any(part in ROUTERS or "router" in part for part in path.split("."))
+
+
+def blocks_of(model: nn.Module) -> list[str]:
+    """Paths of the decoder blocks, in the order of mlx-lm's `model.layers`."""
+    paths = {id(module): path for path, module in model.named_modules()}
+    return [paths[id(block)] for block in getattr(model, "layers", ()) if id(block) in paths]
+
+
+def _natural(path: str) -> list[tuple[int, str]]:
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in path.split(".")]
+
+
+def adapters_of(model: nn.Module) -> dict[str, Adapter]:
+    """Path -> adapter layer, blocks in order."""
+    found = {path: module for path, module in model.named_modules() if isinstance(module, Adapter)}
+    return {path: found[path] for path in sorted(found, key=_natural)}
+
+
+def set_enabled(model: nn.Module, on: bool) -> None:
+    """Adapters on, or off: then the model is its base exactly. Compiled traces that have `model.state` as input follow."""
+    for layer in adapters_of(model).values():
+        layer._scale = mx.array(layer.scale if on else 0.0, dtype=mx.float32)
+
+
+def set_dropout_key(model: nn.Module, key: mx.array | None) -> None:
+    """One key per layer from `key`; None turns dropout off. The same key draws the same masks, recomputed ones too."""
+    layers = list(adapters_of(model).values())
+    keys = [None] * len(layers) if key is None else mx.random.split(key, len(layers))
+    for layer, own in zip(layers, keys, strict=True):
+        layer._dropout_key = own
+
+
+def state(model: nn.Module) -> dict[str, mx.array]:
+    """The adapter's arrays as files name them: "model.layers.0.self_attn.q_proj.lora_a" -> float32."""
+    return {
+        f"{path}.{leaf}": layer[leaf] for path, layer in adapters_of(model).items() for leaf in TRAINED if leaf in layer
+    }
+
+
+def save(model: nn.Module, folder: str | Path, *, base_model: str, extra: dict[str, Any] | None = None) -> None:
+    """Write adapters.safetensors and adapter_config.json, which stock mlx-lm loads with `--adapter-path`.
+
+    base_model: folder or hub id, kept under `model`; extra: more keys for the JSON. Each file appears whole or not at all.
+    """
+    layers = adapters_of(model)
+    if not layers:
+        raise ValueError("the model carries no adapter")
+    first = next(iter(layers.values()))
+    keys, num_layers = _keys(model, list(layers))
+    config = {
+        "model": base_model,
+        "fine_tune_type": "dora" if isinstance(first, DoRALinear) else "lora",
+        "num_layers": num_layers,
+        "lora_parameters": {"rank": rank_of(first), "scale": first.scale, "dropout": first.dropout, "keys": keys},
+    }
+    write_folder(Path(folder), WEIGHTS, state(model), {**(extra or {}), **config})
+
+
+def _keys(model: nn.Module, paths: list[str]) -> tuple[list[str], int]:
+    """mlx-lm's way to say which layers: names inside the last n blocks (n <= 0: all), whole paths elsewhere.
+
+    Where blocks differ in what is adapted, whole paths say it exactly.
+    """
+    blocks = blocks_of(model)
+    relative: dict[str, set[str]] = {block: set() for block in blocks}
+    outside = []
+    for path in paths:
+        home = next((block for block in blocks if path.startswith(block + ".")), None)
+        if home is None:
+            outside.append(path)
+        else:
+            relative[home].add(path[len(home) + 1 :])
+    count = sum(bool(keys) for keys in relative.values())
+    union = set().union(*relative.values())
+    modules = {path for path, _ in model.named_modules()}
+    meant = {f"{block}.{key}" for block in blocks[-count:] for key in union} & modules if count else set()
+    if meant != set(paths) - set(outside):
+        return paths, -1
+    return sorted(union) + outside, -1 if count == len(blocks) else count
+
+
+def rank_of(layer: Adapter) -> int:
+    """r of an adapter layer."""
+    return layer.lora_a.shape[1]
+
+
+def load(model: nn.Module, folder: str | Path, *, dropout: float | None = None) -> AdapterFile:
+    """Read an mlx-lm or PEFT adapter folder into `model`, put on first where the model has none; returns what was read.
+
+    dropout: for further training, instead of the file's. An adapted router is read, but stays frozen.
+    Raises UserError, naming every tensor that does not fit.
+    """
+    folder = Path(folder)
+    layers = adapters_of(model)
+    bases = {path: base_of(layer) for path, layer in layers.items()} or adaptable(model, routers=True)
+    file = read(folder, bases)
+    refuse_misfits(file, bases, complete=bool(layers))
+    rate = file.dropout if dropout is None else dropout
+    if not layers:
+        put_on(model, list(file.modules()), rank=file.rank, scale=file.scale, dropout=rate, dora=file.dora)
+        layers = adapters_of(model)
+    for path, tensors in file.modules().items():
+        layer = layers[path]
+        layer.update({leaf: tensor.astype(mx.float32) for leaf, tensor in tensors.items()})
+        layer.scale, layer.dropout = file.scale, rate
+        if is_router(path):
+            layer.freeze()
+    set_enabled(model, True)
+    return file
+
+
+def read(folder: Path, bases: dict[str, nn.Module]) -> AdapterFile:
+    """Read either kind of adapter folder; `bases` are the layers that PEFT's names are matched with."""
+    return read_peft(folder, bases) if (folder / PEFT_WEIGHTS).exists() else read_mlx(folder)
+
+
+def refuse_misfits(file: AdapterFile, bases: dict[str, nn.Module], complete: bool) -> None:
+    """UserError naming every tensor that is unknown, of a wrong shape or not finite; if `complete`, every missing one."""
+    wrong = []
+    modules = file.modules()
+    for path in [*modules, *(path for path in bases if complete and path not in modules)]:
+        if path not in bases:
+            wrong += [f"{path}.{leaf}: the model has no such layer" for leaf in modules[path]]
+            continue
+        expected, found = shapes(bases[path], file.rank, file.dora), modules.get(path, {})
+        wrong += [f"{path}.{leaf}: not part of such an adapter" for leaf in found if leaf not in expected]
+        for leaf, shape in expected.items():
+            if leaf not in found:
+                wrong.append(f"{path}.{leaf}: missing")
+            elif found[leaf].shape != shape:
+                wrong.append(f"{path}.{leaf}: shape {found[leaf].shape}, expected {shape}")
+            elif not mx.issubdtype(found[leaf].dtype, mx.floating) or not mx.isfinite(found[leaf]).all():
+                wrong.append(f"{path}.{leaf}: holds something other than finite numbers")
+    if wrong:
+        shown = "\n".join(f"  {line}" for line in wrong[:20])
+        more = f"\n  and {len(wrong) - 20} more" if len(wrong) > 20 else ""
+        raise UserError(
+            f"{file.folder}: this adapter (rank {file.rank}) does not fit the model. Give the model it was made for.\n"
+            f"{shown}{more}"
+        )
+
+
+def shapes(base: nn.Module, rank: int, dora: bool) -> dict[str, tuple[int, ...]]:
+    """Leaf name -> shape of the adapter of `base`."""
+    outputs, inputs = matrix_shape(base)
+    if isinstance(base, SWITCH):
+        experts = base.num_experts
+        return {"lora_a": (experts, rank, base.input_dims), "lora_b": (experts, base.output_dims, rank)}
+    if isinstance(base, EMBEDDING):
+        return {"lora_a": (outputs, rank), "lora_b": (rank, inputs)}
+    pair = {"lora_a": (inputs, rank), "lora_b": (rank, outputs)}
+    return {**pair, "m": (outputs,)} if dora else pair
