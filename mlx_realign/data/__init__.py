@@ -1,0 +1,11 @@
+# SPDX-License-Identifier: Apache-2.0
+"""JSONL row -> tokens and mask -> padded batch. `load` once, `plan` an epoch, `collate` each batch."""
+
+from .batching import collate, plan
+from .formats import FORMATS
+from .load import load
+from .source import has_split
+from .store import Dataset, cache_dir
+from .tokens import encode_prompt, stop_ids
+
+__all__ = ["FORMATS", "Dataset", "cache_dir", "collate", "encode_prompt", "has_split", "load", "plan", "stop_ids"]

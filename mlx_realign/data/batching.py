@@ -1,0 +1,124 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which rows go together, and how they become one padded batch."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from ..batch import Batch, Example
+from .store import Dataset
+
+_POOL_BATCHES = 64  # rows of near length are looked for among this many batches' worth of shuffled rows
+
+
+def same(n: int) -> int:
+    """No rounding."""
+    return n
+
+
+def plan(
+    dataset: Dataset,
+    *,
+    batch_size: int,
+    batch_tokens: int | None = None,
+    seed: int,
+    epoch: int,
+    shuffle: bool = True,
+    width: Callable[[int], int] = same,
+) -> list[np.ndarray]:
+    """Row indices (int64) of each micro-batch of one epoch; every row exactly once, the smaller batch last.
+
+    Shuffled: rows are permuted, sorted by length within pools of 64 batches, cut into batches, and the batches
+    shuffled; a function of (seed, epoch) alone. Not shuffled: the order of the file. batch_tokens: most padded tokens
+    of a batch (prompts and completions, at the widths `width` rounds to); a row larger than that is a batch by itself.
+    """
+    n = len(dataset)
+    lengths = dataset.prompt_lengths.astype(np.int64) + dataset.completion_lengths
+    order = np.arange(n)
+    rng = np.random.default_rng([seed, epoch])
+    if shuffle:
+        order = rng.permutation(n)
+        pool = np.arange(n) // (batch_size * _POOL_BATCHES)
+        order = order[np.lexsort((lengths[order], pool))]
+    cuts = list(range(batch_size, n, batch_size))
+    if batch_tokens is not None:
+        cuts = _cuts(dataset, order, batch_size, batch_tokens, width)
+    batches = np.split(order, cuts) if n else []
+    if shuffle:
+        last = [batches.pop()] if batches and len(batches[-1]) < batch_size and batch_tokens is None else []
+        batches = [batches[i] for i in rng.permutation(len(batches))] + last
+    return batches
+
+
+def _cuts(
+    dataset: Dataset, order: np.ndarray, batch_size: int, batch_tokens: int, width: Callable[[int], int]
+) -> list[int]:
+    """Where a new batch must begin: before batch_size or batch_tokens would be exceeded."""
+    cuts = []
+    rows = completions = prompt = completion = 0
+    columns = (dataset.prompt_lengths, dataset.completion_lengths, dataset.num_completions)
+    for i, (p, c, r) in enumerate(zip(*(column[order].tolist() for column in columns), strict=True)):
+        rows, completions = rows + 1, completions + r
+        prompt, completion = max(prompt, p), max(completion, c)
+        if rows > 1 and (rows > batch_size or rows * width(prompt) + completions * width(completion) > batch_tokens):
+            cuts.append(i)
+            rows, completions, prompt, completion = 1, r, p, c
+    return cuts
+
+
+def collate(examples: Sequence[Example], *, width: Callable[[int], int] = same, pad_id: int = 0) -> Batch:
+    """Pad examples into one Batch. width(n) >= n rounds the columns and the number of positions up to few shapes.
+
+    extras: "row" int32 [R], index of a completion inside its example; of the examples' own numbers, a number becomes
+    float32 [P] and a list with one number per completion float32 [R]; NaN where an example has none.
+    """
+    completions = [c for e in examples for c in e.completions]
+    columns = width(max(len(e.prompt) for e in examples))
+    prompt = np.full((len(examples), columns), pad_id, np.int32)
+    prompt_pad = np.array([columns - len(e.prompt) for e in examples], np.int32)
+    for i, example in enumerate(examples):
+        prompt[i, prompt_pad[i] :] = example.prompt
+    shape = (len(completions), width(max(len(c.tokens) for c in completions)))
+    completion, mask = np.full(shape, pad_id, np.int32), np.zeros(shape, bool)
+    for i, (tokens, trained) in enumerate(completions):
+        completion[i, : len(tokens)] = tokens
+        mask[i, : len(tokens)] = trained
+    sizes = [len(e.completions) for e in examples]
+    extras = {"row": np.concatenate([np.arange(n, dtype=np.int32) for n in sizes]), **_extras(examples)}
+    return Batch(
+        prompt=mx.array(prompt),
+        prompt_pad=mx.array(prompt_pad),
+        completion=mx.array(completion),
+        row_prompt=mx.array(np.repeat(np.arange(len(examples), dtype=np.int32), sizes)),
+        mask=mx.array(mask),
+        positions=mx.array(_positions(mask, width)),
+        extras={name: mx.array(values) for name, values in extras.items()},
+    )
+
+
+def _positions(mask: np.ndarray, width: Callable[[int], int]) -> np.ndarray:
+    """int32 [N]: flat indices of all trained positions, then of untrained ones up to a bucket."""
+    flat = mask.reshape(-1)
+    trained = np.flatnonzero(flat)
+    spare = max(width(max(len(trained), 1)) - len(trained), 0)
+    # The earliest untrained positions are enough to look through: at most len(trained) of the first are trained.
+    untrained = np.flatnonzero(~flat[: len(trained) + spare])[:spare]
+    return np.concatenate([trained, untrained]).astype(np.int32)
+
+
+def _extras(examples: Sequence[Example]) -> dict[str, np.ndarray]:
+    out = {}
+    for name in sorted({name for e in examples for name in e.extras}):
+        values = [e.extras.get(name) for e in examples]
+        if all(v is None or isinstance(v, bool | int | float) for v in values):
+            out[name] = np.array([np.nan if v is None else v for v in values], np.float32)
+        elif all(v is None or _is_numbers(v) for v in values):
+            rows = [[np.nan] * len(e.completions) if v is None else v for e, v in zip(examples, values, strict=True)]
+            out[name] = np.concatenate([np.array(row, np.float32) for row in rows])
+    return out
+
+
+def _is_numbers(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(v, int | float) for v in value)

@@ -1,0 +1,159 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rows -> examples: templated or raw, cut to max_length by a stated policy, every exception counted."""
+
+import hashlib
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from ..batch import Completion, Example
+from ..errors import UserError
+from .chat import Pieces, encode_chats, split
+from .formats import Message, Row, RowError, is_conversation, is_trained
+from .tokens import Words, common_prefix, open_text, raw_messages
+
+
+class TooLong(NamedTuple):
+    """A row that does not fit into max_length."""
+
+    tokens: int  # prompt + longest completion
+    completion_tokens: int
+
+
+Outcome = Example | RowError | TooLong
+
+
+class Encoder:
+    """Tokenises rows with one tokenizer and one set of settings; `counts` says what happened on the way."""
+
+    def __init__(self, tokenizer: Any, *, chat_template: bool, max_length: int | None, truncate: str):
+        self.words = Words(tokenizer)
+        self.max_length, self.truncate = max_length, truncate
+        self.templated = chat_template and self.words.has_template
+        self.refuses_chats = chat_template and not self.words.has_template
+        self.counts: Counter = Counter()
+
+    def encode(self, rows: Sequence[tuple[int, Row]]) -> list[Outcome]:
+        """Tokenise (line, row) pairs, in order. UserError where the whole file cannot be used with this tokenizer."""
+        chats = [i for i, (_, row) in enumerate(rows) if self.templated and not row.text]
+        found: dict[int, Pieces | RowError] = dict(
+            zip(chats, encode_chats([rows[i][1] for i in chats], self.words, self.counts), strict=True)
+        )
+        strings = [i for i, (_, row) in enumerate(rows) if i not in found and not self._is_raw_chat(*rows[i])]
+        found.update(zip(strings, self._encode_strings([rows[i][1] for i in strings]), strict=True))
+        for i, (_, row) in enumerate(rows):
+            if i not in found:
+                found[i] = self._encode_raw_chat(row)
+        return [self._finish(line, row, found[i]) for i, (line, row) in enumerate(rows)]
+
+    def _is_raw_chat(self, line: int, row: Row) -> bool:
+        if not is_conversation(row):
+            return False
+        if self.refuses_chats:
+            raise UserError(
+                f"line {line}: the row has messages, but the model has no chat template. Use a chat model, or "
+                "--no-chat-template to train on raw text plus the end token."
+            )
+        return True
+
+    def _encode_strings(self, rows: Sequence[Row]) -> list[Pieces]:
+        """Raw text: prompt + completion + end token, cut where their tokens stop being the prompt's own."""
+        prompts = ["" if row.text else _joined(row) for row in rows]
+        texts = [(i, prompts[i] + c) for i, row in enumerate(rows) for c in row.completions if isinstance(c, str)]
+        opened = [open_text(e.ids, self.words) for e in self.words.encode(prompts, special=True)]
+        parts: list[list[tuple[np.ndarray, np.ndarray, int]]] = [[] for _ in rows]
+        for (i, _), e in zip(texts, self.words.encode([text for _, text in texts], special=True), strict=True):
+            ids = np.append(open_text(e.ids, self.words), np.int32(self._eos()))
+            cut = int(ids[0] == self.words.bos_id) if rows[i].text else common_prefix(opened[i], ids)
+            self.counts["seams"] += not rows[i].text and cut < len(opened[i])
+            cut = max(cut, 1)
+            parts[i].append((ids, np.arange(len(ids)) >= cut, cut))
+        return [split(part) for part in parts]
+
+    def _encode_raw_chat(self, row: Row) -> Pieces:
+        """Messages without a template: one per line, an end token after each of the assistant's."""
+        self._eos()
+        prompt = [{"role": "user", "content": row.prompt}] if isinstance(row.prompt, str) else row.prompt
+        if row.system is not None:
+            prompt = [{"role": "system", "content": row.system}, *prompt]
+        opened = raw_messages(prompt, self.words)
+        parts = []
+        for completion in row.completions:
+            turns: list[Message] = (
+                [{"role": "assistant", "content": completion}] if isinstance(completion, str) else completion
+            )
+            ids, mask = [opened], [np.zeros(len(opened), bool)]
+            for message in turns:
+                ids.append(raw_messages([message], self.words, first=False))
+                mask.append(np.full(len(ids[-1]), is_trained(message)))
+            parts.append((np.concatenate(ids), np.concatenate(mask), len(opened)))
+        return split(parts)
+
+    def _eos(self) -> int:
+        if self.words.eos_id is None:
+            raise UserError(
+                "the tokenizer has no end token (eos_token), so raw text could never learn to stop. "
+                "Set eos_token in tokenizer_config.json."
+            )
+        return self.words.eos_id
+
+    def _finish(self, line: int, row: Row, pieces: Pieces | RowError) -> Outcome:
+        if isinstance(pieces, RowError):
+            return pieces
+        longest = max(len(c.tokens) for c in pieces.completions)
+        tokens = len(pieces.prompt) + longest
+        if self.max_length is not None and tokens > self.max_length:
+            cut = self._cut(pieces, row.text) if self.truncate == "left" else None
+            if cut is None:
+                return TooLong(tokens, longest)
+            self.counts["truncated_rows"] += 1
+            self.counts["truncated_tokens"] += tokens - self.max_length
+            pieces = cut
+        if any(not c.mask.any() for c in pieces.completions):
+            return RowError("no token of the completion is trained")
+        return Example(pieces.prompt, pieces.completions, line, _key(pieces), row.extras)
+
+    def _cut(self, pieces: Pieces, text: bool) -> Pieces | None:
+        """Cut the start until the row fits. BOS stays, completions stay whole; None where that is impossible."""
+        limit = self.max_length or 0
+        prompt, completions = pieces
+        kept = limit - max(len(c.tokens) for c in completions)
+        if kept >= 1:
+            return Pieces(self._tail(prompt, kept), completions)
+        if len(completions) != 1:
+            return None
+        # One long conversation: whole turns at its end still fit, the earlier ones become context or go.
+        ids = np.concatenate([prompt, completions[0].tokens])
+        mask = np.concatenate([np.zeros(len(prompt), bool), completions[0].mask])
+        lost = len(ids) - limit + 1  # the first token that is left cannot be trained: nothing stands before it
+        if not text:
+            starts = np.flatnonzero(mask[1:] & ~mask[:-1]) + 1
+            starts = starts[starts >= lost]
+            if not len(starts):
+                return None
+            self.counts["turns_cut"] += int((mask[1:] & ~mask[:-1]).sum()) + int(mask[0]) - len(starts)
+            lost = int(starts[0])
+        first = self._tail(ids[:lost], limit - (len(ids) - lost))
+        return Pieces(first, (Completion(ids[lost:], mask[lost:]),))
+
+    def _tail(self, prompt: np.ndarray, kept: int) -> np.ndarray:
+        if kept >= 2 and kept < len(prompt) and prompt[0] == self.words.bos_id:
+            return np.concatenate([prompt[:1], prompt[len(prompt) - kept + 1 :]])
+        return prompt[-kept:]
+
+
+def _joined(row: Row) -> str:
+    prompt = str(row.prompt)
+    return prompt if row.system is None else f"{row.system}\n{prompt}"
+
+
+def _key(pieces: Pieces) -> str:
+    """Hash of what a number computed from this row depends on: its tokens and which of them are trained."""
+    digest = hashlib.blake2b(pieces.prompt.tobytes(), digest_size=16)
+    for tokens, mask in pieces.completions:
+        digest.update(b"|")
+        digest.update(tokens.tobytes())
+        digest.update(mask.tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,213 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A file of rows -> a tokenised dataset, once: read, check, render, tokenise and store in one streaming pass."""
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from ..batch import Example
+from ..config import TrainSettings
+from ..errors import UserError
+from . import source as sources
+from . import store
+from .encode import Encoder, TooLong
+from .formats import FORMATS, Row, RowError, accepted, parse
+
+VERSION = 1  # raise it when the same rows become other tokens
+_CHUNK_ROWS, _CHUNK_CHARS = 1000, 4_000_000  # what one call of the tokenizer gets; a larger row goes alone
+_SHOWN = 20
+
+
+def load(
+    path: str | Path | sources.Rows, tokenizer: Any, *, format: str, settings: TrainSettings, split: str = "train"
+) -> store.Dataset:
+    """Tokenise rows of `format` ("sft", "pairs", "unpaired") once and open them from the disk cache.
+
+    path: JSONL file, folder with train/valid/test.jsonl (`split` picks), hub dataset id, or a list of dicts.
+    Of settings, chat_template, max_length, truncate and skip_bad_rows count. Raises UserError with every reason
+    (the first 20 rows in full) when rows are bad and skip_bad_rows is off, or too long and truncate is "error".
+    """
+    if format not in FORMATS:
+        raise UserError(f"no data format {format!r}; there are {', '.join(FORMATS)}")
+    source = sources.resolve(path, split)
+    encoder = Encoder(
+        tokenizer,
+        chat_template=settings.chat_template,
+        max_length=settings.max_length,
+        truncate=settings.truncate,
+    )
+    fingerprint = _fingerprint(source, encoder, format, settings)
+    found = store.find(fingerprint)
+    return found if found is not None else _build(source, encoder, format, settings, fingerprint)
+
+
+def _build(
+    source: Path | sources.Rows, encoder: Encoder, format: str, settings: TrainSettings, fingerprint: str
+) -> store.Dataset:
+    name = str(source) if isinstance(source, Path) else "rows"
+    problems = Problems(name, format, settings)
+    with store.Writer(fingerprint) as writer:
+        for chunk in chunks(source, format, problems):
+            if problems.fatal:
+                continue  # only look for what else is wrong
+            good = []
+            try:
+                outcomes = encoder.encode(chunk)
+            except UserError as error:
+                raise UserError(f"{name}: {error}") from None
+            for (line, _), outcome in zip(chunk, outcomes, strict=True):
+                if isinstance(outcome, Example):
+                    good.append(outcome)
+                else:
+                    problems.add(line, outcome)
+            writer.add(good)
+        problems.check(writer.rows)
+        return writer.finish(_report(writer, encoder, problems))
+
+
+class Problems:
+    """Rows that cannot be used: all counted, the first ones kept in full."""
+
+    def __init__(self, name: str, format: str, settings: TrainSettings):
+        self.name, self.format, self.settings = name, format, settings
+        self.read = 0
+        self.bad: list[tuple[int, str]] = []
+        self.too_long: list[tuple[int, TooLong]] = []
+        self.counts: Counter = Counter()
+
+    @property
+    def fatal(self) -> bool:
+        """Whether the load will end in an error."""
+        return bool(self.bad) and not self.settings.skip_bad_rows
+
+    def add(self, line: int, problem: RowError | TooLong) -> None:
+        """Count one row that is left out."""
+        kind = "too_long" if isinstance(problem, TooLong) else "bad"
+        self.counts[kind] += 1
+        if isinstance(problem, TooLong):
+            if len(self.too_long) < _SHOWN:
+                self.too_long.append((line, problem))
+        elif len(self.bad) < _SHOWN:
+            self.bad.append((line, str(problem)))
+
+    def check(self, kept: int) -> None:
+        """UserError when the rows that are wrong, or that none is left, must stop the run."""
+        if not self.read:
+            raise UserError(f"{self.name}: the file is empty. {self.format} data has rows {accepted(self.format)}")
+        if self.fatal:
+            lines = [f"  line {line}: {reason}" for line, reason in self.bad]
+            count, more = self.counts["bad"], self.counts["bad"] - len(lines)
+            lines += [f"  ... and {more} more (`mlx-realign data validate` lists all)"] if more else []
+            raise UserError(
+                f"{self.name}: {count} of {self.read} rows cannot be used\n"
+                + "\n".join(lines)
+                + "\nMend them, or leave them out with --skip-bad-rows."
+            )
+        limit = self.settings.max_length
+        if self.too_long and self.settings.truncate == "error":
+            shown = ", ".join(f"{line} ({long.tokens} tokens)" for line, long in self.too_long[:5])
+            most = max(long.tokens for _, long in self.too_long)
+            raise UserError(
+                f"{self.name}: {self.counts['too_long']} of {self.read} rows are longer than --max-length {limit}: "
+                f"line {shown}{' ...' if self.counts['too_long'] > 5 else ''}. Raise --max-length (these need {most}), "
+                "or choose --truncate left (cut the start of the prompt) or --truncate drop (leave them out)."
+            )
+        if not kept:
+            raise UserError(f"{self.name}: no row is left: {dict(self.counts)} of {self.read} rows were left out")
+
+
+def chunks(source: Path | sources.Rows, format: str, problems: Problems) -> Iterator[list[tuple[int, Row]]]:
+    """Rows that can be read, in pieces that fit into memory; what is wrong with the others goes to `problems`."""
+    chunk: list[tuple[int, Row]] = []
+    chars = 0
+    for line, value in sources.read(source):
+        problems.read += 1
+        try:
+            if isinstance(value, RowError):
+                raise value
+            row = parse(value, format)
+        except RowError as error:
+            problems.add(line, error)
+            continue
+        chunk.append((line, row))
+        chars += _chars(row)
+        if len(chunk) >= _CHUNK_ROWS or chars >= _CHUNK_CHARS:
+            yield chunk
+            chunk, chars = [], 0
+    if chunk:
+        yield chunk
+
+
+def _chars(row: Row) -> int:
+    texts = (row.prompt, *row.completions)
+    return sum(len(t) if isinstance(t, str) else sum(len(m.get("content") or "") for m in t) for t in texts)
+
+
+def _fingerprint(source: Path | sources.Rows, encoder: Encoder, format: str, settings: TrainSettings) -> str:
+    parts = [
+        VERSION,
+        sources.content_hash(source),
+        encoder.words.identity(),
+        format,
+        settings.chat_template,
+        settings.max_length,
+        settings.truncate,
+        settings.skip_bad_rows,
+    ]
+    return hashlib.blake2b(json.dumps(parts).encode(), digest_size=16).hexdigest()
+
+
+def _report(writer: store.Writer, encoder: Encoder, problems: Problems) -> dict[str, Any]:
+    counts = encoder.counts
+    return {
+        "rows": writer.rows,
+        "rows_read": problems.read,
+        "completions": writer.completions,
+        "tokens": writer.tokens,
+        "prompt_tokens": writer.prompt_tokens,
+        "trained_tokens": writer.trained,
+        "dropped": {key: problems.counts[key] for key in ("bad", "too_long") if problems.counts[key]},
+        "dropped_lines": [[line, reason] for line, reason in problems.bad]
+        + [[line, f"{long.tokens} tokens"] for line, long in problems.too_long],
+        "truncated_rows": counts["truncated_rows"],
+        "truncated_tokens": counts["truncated_tokens"],
+        "chat_template": encoder.templated,
+        "counts": {key: int(value) for key, value in sorted(counts.items()) if value},
+        "notes": notes(counts, problems, encoder),
+    }
+
+
+def notes(counts: Counter, problems: Problems, encoder: Encoder) -> list[str]:
+    """What the user should know about how the rows became tokens, one sentence each."""
+    limit = problems.settings.max_length
+    said = {
+        "bad": (problems.counts, "{} bad rows were left out (--skip-bad-rows)"),
+        "too_long": (problems.counts, f"{{}} rows longer than --max-length {limit} were left out"),
+        "truncated_rows": (counts, f"{{}} rows longer than --max-length {limit} lost the start of their prompt"),
+        "turns_cut": (counts, "{} early assistant turns of long conversations are context only, or cut"),
+        "turns_rewritten": (
+            counts,
+            "{} assistant turns are not trained: the chat template rewrites earlier turns (drops their thinking, "
+            "say). Make each conversation several rows, one per assistant turn, to train them",
+        ),
+        "turns_unverified": (
+            counts,
+            "{} assistant turns are not trained: the template does not render them where it would generate them",
+        ),
+        "turns_with_other_opening": (
+            counts,
+            "{} assistant turns begin otherwise than the template's generation prompt ends (an opening <think>, say); "
+            "they are trained from where the two part",
+        ),
+        "turns_without_end_token": (counts, "{} assistant turns have no end token, so their end is not learned"),
+        "rows_without_markers": (counts, "{} completions have no token between the template's generation markers; "
+                                 "their whole turns are trained"),
+        "seams": (counts, "{} completions share a token with the end of their prompt; it belongs to the completion"),
+    }  # fmt: skip
+    lines = [text.format(where[key]) for key, (where, text) in said.items() if where[key]]
+    if problems.settings.chat_template and not encoder.words.has_template:
+        lines.append("the tokenizer has no chat template: rows are raw text plus the end token")
+    return lines

@@ -1,0 +1,202 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The tokeniser as this package uses it: whole texts in batches, positions of characters, ids that end a turn."""
+
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+
+from ..errors import UserError
+from .formats import Message, RowError
+
+_SENTINEL = "qzjxvkw"  # letters that no template contains, in one word that no template trims
+
+
+class Encoded:
+    """One tokenised text."""
+
+    def __init__(self, text: str, ids: np.ndarray, encoding: Any, words: "Words"):
+        self.text, self.ids, self._encoding, self._words = text, ids, encoding, words
+        self.offsets = encoding is not None
+
+    def token_at(self, char: int) -> int:
+        """Index of the token that holds this character; at the end of the text, the number of tokens."""
+        if self._encoding is not None:
+            index = self._encoding.char_to_token(char) if char < len(self.text) else len(self.ids)
+            if index is not None:
+                return index
+        return common_prefix(self._words.encode([self.text[:char]])[0].ids, self.ids)
+
+
+class Words:
+    """A transformers tokenizer, or mlx-lm's wrapper of one, with its chat template.
+
+    Tokens come from the tokenizer's own batch encoder, so special tokens in a text are recognised as they are when
+    the model is used, and a rendered template gets no second BOS.
+    """
+
+    def __init__(self, tokenizer: Any):
+        self.outer = tokenizer
+        self.base = getattr(tokenizer, "_tokenizer", tokenizer) if _is_wrapper(tokenizer) else tokenizer
+        custom = any("encode" in vars(cls) for cls in type(self.base).__mro__ if not _is_library(cls))
+        self.backend = getattr(self.base, "backend_tokenizer", None) if not custom else None
+        self.renderer = getattr(tokenizer, "_chat_template", None) if _is_wrapper(tokenizer) else None
+        self.has_template = bool(getattr(self.base, "chat_template", None)) or self.renderer is not None
+        self.has_markers = self.renderer is None and _has_markers(getattr(self.base, "chat_template", None))
+        self.eos_id: int | None = self.base.eos_token_id
+        self.bos_id: int | None = self.base.bos_token_id
+        self.end_token, self.tail = self._find_end_token() if self.has_template else (None, "")
+        self.end_id: int | None = self.base.convert_tokens_to_ids(self.end_token) if self.end_token else None
+
+    @property
+    def stop_ids(self) -> set[int]:
+        """Ids that end a completion: the model's end tokens and the one its template puts after a turn."""
+        ids = set(getattr(self.outer, "eos_token_ids", None) or ())
+        return ids | {i for i in (self.eos_id, self.end_id) if i is not None}
+
+    def encode(self, texts: Sequence[str], *, special: bool = False, offsets: bool = False) -> list[Encoded]:
+        """Tokenise whole texts. special: let the tokenizer add BOS (raw text only, a template writes its own)."""
+        if not texts:
+            return []
+        if self.backend is None:
+            lists = [self.base.encode(text, add_special_tokens=special) for text in texts]
+            return [Encoded(t, np.array(ids, np.int32), None, self) for t, ids in zip(texts, lists, strict=True)]
+        self.backend.no_truncation()
+        self.backend.no_padding()
+        batch = self.backend.encode_batch if offsets else self.backend.encode_batch_fast
+        found = batch(list(texts), add_special_tokens=special)
+        return [
+            Encoded(text, np.array(e.ids, np.int32), e if offsets else None, self)
+            for text, e in zip(texts, found, strict=True)
+        ]
+
+    def render(self, talks: Sequence[list[Message]], options: dict[str, Any], generate: bool) -> list[str | RowError]:
+        """Chat template over conversations. A conversation that the template refuses gives a RowError in its place."""
+        if not talks:
+            return []
+        kwargs = {**options, "add_generation_prompt": generate, "tokenize": False}
+        if self.renderer is None:
+            try:
+                return self.outer.apply_chat_template(list(talks), **kwargs)
+            except Exception:  # a template raises what it likes; found one by one below
+                pass
+        out: list[str | RowError] = []
+        for talk in talks:
+            try:
+                out.append(self.outer.apply_chat_template(talk, **kwargs))
+            except Exception as error:
+                out.append(RowError(f"the chat template refuses these messages: {error}"))
+        return out
+
+    def markers(self, talks: Sequence[list[Message]], options: dict[str, Any]) -> list[np.ndarray]:
+        """bool [tokens] per conversation, True between the template's {% generation %} markers."""
+        kwargs = {"enable_thinking": self.outer.has_thinking} if _is_wrapper(self.outer) else {}
+        out = self.base.apply_chat_template(
+            list(talks), return_dict=True, return_assistant_tokens_mask=True, **{**kwargs, **options}
+        )
+        return [np.array(mask, bool) for mask in out["assistant_masks"]]
+
+    def identity(self) -> str:
+        """Hash of everything that decides which tokens a text or a conversation becomes."""
+        if self.backend is not None:
+            self.backend.no_truncation()
+            self.backend.no_padding()
+            vocabulary = self.backend.to_str()
+        else:
+            vocabulary = json.dumps(sorted(self.base.get_vocab().items())) + type(self.base).__qualname__
+        rest = [
+            str(getattr(self.base, "chat_template", None)),
+            f"{getattr(self.renderer, '__module__', '')}.{getattr(self.renderer, '__qualname__', '')}",
+            [self.bos_id, self.eos_id, self.end_id, *sorted(self.stop_ids)],
+        ]
+        return hashlib.blake2b((vocabulary + json.dumps(rest)).encode(), digest_size=16).hexdigest()
+
+    def _find_end_token(self) -> tuple[str | None, str]:
+        """The special token the template puts right after what the assistant said, and the text it puts after that."""
+        talk = [{"role": "user", "content": "a"}, {"role": "assistant", "content": _SENTINEL}]
+        text = self.render([talk], {}, generate=False)[0]
+        if isinstance(text, RowError) or _SENTINEL not in text:
+            return None, ""
+        rest = text.rpartition(_SENTINEL)[2]
+        special = set(self.base.all_special_ids) | set(getattr(self.base, "added_tokens_decoder", {}))
+        for index in self.encode([rest])[0].ids.tolist():
+            if index in special:
+                token = self.base.convert_ids_to_tokens(index)
+                return token, rest.partition(token)[2]
+        return None, ""
+
+
+def common_prefix(a: np.ndarray, b: np.ndarray) -> int:
+    """Number of leading tokens that two sequences share."""
+    n = min(len(a), len(b))
+    different = np.flatnonzero(a[:n] != b[:n])
+    return int(different[0]) if len(different) else n
+
+
+def shared_text(texts: Iterable[str]) -> int:
+    """Number of leading characters that all texts share."""
+    low, high = min(texts), max(texts)  # what the extremes share, all share
+    n = min(len(low), len(high))
+    if low[:n] == high[:n]:
+        return n
+    return next(i for i in range(n) if low[i] != high[i])
+
+
+def encode_prompt(prompt: str | list[Message], tokenizer: Any, chat_template: bool = True) -> list[int]:
+    """Token ids that a completion is generated from, exactly as training sees them.
+
+    prompt: a string (with a template: one user message) or messages. Raises UserError where messages meet a tokenizer
+    without a template, or the template refuses them.
+    """
+    words = Words(tokenizer)
+    if chat_template and words.has_template:
+        talk = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+        text = words.render([talk], {}, generate=True)[0]
+        if isinstance(text, RowError):
+            raise UserError(str(text))
+        return words.encode([text])[0].ids.tolist()
+    if isinstance(prompt, str):
+        return open_text(words.encode([prompt], special=True)[0].ids, words).tolist()
+    if chat_template:
+        raise UserError("the model has no chat template, so the prompt must be a string; or use --no-chat-template")
+    return raw_messages(prompt, words).tolist()
+
+
+def stop_ids(tokenizer: Any) -> set[int]:
+    """Ids that end a completion: the model's end tokens and the one its chat template puts after a turn."""
+    return Words(tokenizer).stop_ids
+
+
+def open_text(ids: np.ndarray, words: Words) -> np.ndarray:
+    """Raw text as tokens: one BOS at most (the text may bring its own), no end token the tokenizer put there."""
+    if len(ids) > 1 and ids[0] == ids[1] == words.bos_id:
+        ids = ids[1:]
+    return ids[:-1] if len(ids) > 1 and ids[-1] == words.eos_id else ids
+
+
+def raw_messages(messages: list[Message], words: Words, first: bool = True) -> np.ndarray:
+    """Messages without a template: one per line, the end token after each of the assistant's. first: BOS is allowed."""
+    ids = []
+    for i, message in enumerate(messages):
+        said = message.get("content") or ""
+        ended = message["role"] == "assistant"
+        text = words.encode([said if ended else f"{said}\n"], special=first and i == 0)[0].ids
+        ids.append(open_text(text, words))
+        if ended:
+            ids.append(np.array([words.eos_id], np.int32))
+    return np.concatenate(ids)
+
+
+def _is_wrapper(tokenizer: Any) -> bool:
+    return type(tokenizer).__name__ == "TokenizerWrapper"
+
+
+def _is_library(cls: type) -> bool:
+    return cls.__module__.split(".")[0] in ("transformers", "builtins")
+
+
+def _has_markers(template: Any) -> bool:
+    text = " ".join(template.values()) if isinstance(template, dict) else str(template or "")
+    return "endgeneration" in text
