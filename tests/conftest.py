@@ -18,7 +18,7 @@ from mlx.utils import tree_map_with_path
 from mlx_lm.utils import _get_classes, save_model
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-VOCAB_SIZE = 320  # 256 bytes and 3 special tokens; the rest is never produced, as in real models
+VOCAB_SIZE = 320  # 256 bytes, ChatML's 3 special tokens and reserved ones, so that every id decodes
 
 CHATML = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
@@ -110,6 +110,7 @@ def write_tokenizer(folder: Path, chat_template: str | None = CHATML) -> None:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
     special = ["<|im_start|>", "<|im_end|>", "<|endoftext|>"]
+    special += [f"<|reserved_{i}|>" for i in range(VOCAB_SIZE - len(alphabet) - len(special))]
     tokenizer.add_special_tokens([AddedToken(token, special=True) for token in special])
     tokenizer.save(str(folder / "tokenizer.json"))
     settings = {

@@ -1,0 +1,212 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Talk to a model, with or without an adapter: one prompt, or a chat that remembers its turns.
+
+    mlx-realign generate --model tiny-chat --prompt "What is 3 + 4?"
+    mlx-realign generate --model Qwen/Qwen3-0.6B --adapter output       (a chat; Ctrl-D or Ctrl-C ends it)
+
+Prompts are rendered and tokenised exactly as in training. Without --prompt, text piped in is the prompt.
+"""
+
+import json
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import mlx.core as mx
+from mlx_lm.generate import GenerationResponse, stream_generate
+from mlx_lm.models import cache as kv
+from mlx_lm.sample_utils import make_sampler
+
+from . import cli, data, flags
+from .errors import UserError
+from .policy import Policy
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What `generate` can be told."""
+
+    model: str
+    """Model folder, hub id, or `tiny-chat` (embedded)."""
+    adapter: str | None = None
+    """Adapter folder (mlx-lm or PEFT) to apply."""
+    prompt: str | None = None
+    """Answer this and stop; `-` reads it from standard input. Without it: a chat."""
+    system: str | None = None
+    """System message before the first turn."""
+    max_new_tokens: int = 256
+    """Most tokens of one completion."""
+    temperature: float = 0.0
+    """0 takes the most likely token; 1 samples from the model's own distribution."""
+    top_p: float = 1.0
+    """Sample from the likeliest tokens that together have this probability; 1 is off."""
+    top_k: int = 0
+    """Sample from the k likeliest tokens; 0 is off."""
+    min_p: float = 0.0
+    """Leave out tokens below this share of the likeliest one's probability; 0 is off."""
+    seed: int | None = None
+    """Makes sampling repeatable."""
+    chat_template: bool = True
+    """Continue the raw text of the prompt instead of rendering it as a chat."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Compute dtype; auto is float32 on CPU, else the model's own."""
+    quantize: Literal[4, 8] | None = None
+    """Quantise the weights at load."""
+    cpu_dequantize: Literal["auto", "never"] = "auto"
+    """On CPU, quantised weights are dequantised to float32 at load, which is 30 times faster there."""
+    trust_remote_code: bool = False
+    """Let code in the model folder run."""
+    json: bool = False
+    """Print one JSON object (completion, token counts, speed) instead of streaming text."""
+
+
+@dataclass
+class Session:
+    """A model's key-value cache between turns: what the next prompt shares with it is not computed again."""
+
+    policy: Policy
+    settings: Settings
+    cache: list[Any] = field(default_factory=list)
+    fed: list[int] = field(default_factory=list)
+
+    def stream(self, prompt: list[int]) -> Iterator[GenerationResponse]:
+        """Completes prompt tokens piece by piece; ends at an end-of-turn token or after max_new_tokens."""
+        rest = self._reuse(prompt)
+        asked = self.settings
+        sampler = make_sampler(asked.temperature, asked.top_p, asked.min_p, top_k=asked.top_k)
+        self.fed = list(prompt)
+        pieces = stream_generate(
+            self.policy.model,
+            self.policy.tokenizer,
+            rest,
+            max_tokens=asked.max_new_tokens,
+            sampler=sampler,
+            prompt_cache=self.cache,
+        )
+        for piece in pieces:
+            self.fed.append(piece.token)
+            yield piece
+
+    def _reuse(self, prompt: list[int]) -> list[int]:
+        """Trims the cache to what it shares with the prompt and returns the tokens still to feed, at least one."""
+        held = getattr(self.cache[0], "offset", 0) if self.cache else 0
+        shared = 0
+        for old, new in zip(self.fed[:held], prompt[:-1], strict=False):
+            if old != new:
+                break
+            shared += 1
+        if not shared or not kv.can_trim_prompt_cache(self.cache):
+            self.cache, shared = kv.make_prompt_cache(self.policy.model), 0
+        else:
+            kv.trim_prompt_cache(self.cache, held - shared)
+        return prompt[shared:]
+
+
+def check(settings: Settings) -> None:
+    """UserError for a value out of its range, naming the flag."""
+    ranges = {
+        "max_new_tokens": (settings.max_new_tokens >= 1, "at least 1"),
+        "temperature": (0 <= settings.temperature < float("inf"), "0 or more"),
+        "top_p": (0 < settings.top_p <= 1, "above 0 and at most 1"),
+        "top_k": (settings.top_k >= 0, "0 or more"),
+        "min_p": (0 <= settings.min_p <= 1, "between 0 and 1"),
+    }
+    for name, (holds, expected) in ranges.items():
+        if not holds:
+            raise UserError(f"--{name.replace('_', '-')} must be {expected}, got {getattr(settings, name)}.")
+    if settings.system and not settings.chat_template:
+        raise UserError("--system is a chat message: it does not go with --no-chat-template.")
+
+
+def answer(session: Session, text: str) -> None:
+    """Prints the completion of one prompt, streamed, or as one JSON object."""
+    settings, pieces, last = session.settings, [], None
+    prompt = [*opening(settings), {"role": "user", "content": text}] if settings.system else text
+    ids = data.encode_prompt(prompt, session.policy.tokenizer, settings.chat_template)
+    for last in session.stream(ids):
+        pieces.append(last.text)
+        if not settings.json:
+            print(last.text, end="", flush=True)
+    assert last is not None  # stream_generate always closes with a last piece
+    if not settings.json:
+        print()
+        return
+    facts = {
+        "prompt": text,
+        "completion": "".join(pieces),
+        "finish_reason": last.finish_reason,
+        "prompt_tokens": last.prompt_tokens,
+        "completion_tokens": last.generation_tokens,
+        "prompt_tokens_per_second": round(last.prompt_tps, 2),
+        "tokens_per_second": round(last.generation_tps, 2),
+        "peak_memory_gb": round(last.peak_memory, 3),
+    }
+    print(json.dumps(facts, ensure_ascii=False))
+
+
+def opening(settings: Settings) -> list[dict[str, str]]:
+    """The messages before the first user turn."""
+    return [{"role": "system", "content": settings.system}] if settings.system else []
+
+
+def chat(session: Session) -> None:
+    """Reads turns from the terminal until Ctrl-D, Ctrl-C or /exit; Ctrl-C during an answer stops that answer."""
+    settings, tokenizer = session.settings, session.policy.tokenizer
+    turns = opening(settings)
+    data.encode_prompt([*turns, {"role": "user", "content": "Hello"}], tokenizer)  # no chat template: say so first
+    print("Chat: /reset forgets the turns, /exit or Ctrl-D ends.", file=sys.stderr)
+    while True:
+        try:
+            text = input("> ").strip()
+        except (EOFError, KeyboardInterrupt):
+            print()
+            return
+        if text == "/exit":
+            return
+        if text == "/reset":
+            turns = opening(settings)
+        elif text:
+            turns.append({"role": "user", "content": text})
+            pieces = []
+            try:
+                for piece in session.stream(data.encode_prompt(turns, tokenizer)):
+                    pieces.append(piece.text)
+                    print(piece.text, end="", flush=True)
+            except KeyboardInterrupt:
+                print(" [stopped]", end="")
+            print()
+            turns.append({"role": "assistant", "content": "".join(pieces)})
+
+
+def main(argv: list[str]) -> int:
+    """The command; returns 0."""
+    settings = flags.parse(Settings, argv, prog="mlx-realign generate", doc=__doc__ or "")
+    check(settings)
+    options = {name: getattr(settings, name) for name in ("dtype", "quantize", "cpu_dequantize", "trust_remote_code")}
+    piped = settings.prompt is None and not (sys.stdin and sys.stdin.isatty())
+    text = sys.stdin.read().rstrip("\n") if piped or settings.prompt == "-" else settings.prompt
+    if settings.json and text is None:
+        raise UserError("--json answers one prompt: give it with --prompt.")
+    if text is None and not settings.chat_template:
+        raise UserError("--no-chat-template continues one text: give it with --prompt.")
+    if text is not None and not text.strip():
+        raise UserError("--prompt is empty: there is nothing to answer.")
+    policy = Policy.load(settings.model, adapter=settings.adapter, **options)
+    policy.tokenizer.eos_token_ids = policy.tokenizer.eos_token_ids | data.stop_ids(policy.tokenizer)
+    if settings.seed is not None:
+        mx.random.seed(settings.seed)
+    for note in policy.notes:
+        print(note, file=sys.stderr)
+    session = Session(policy, settings)
+    if text is None:
+        import readline  # noqa: F401 - line editing for input()
+
+        chat(session)
+    else:
+        answer(session, text)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(cli.run(main))
