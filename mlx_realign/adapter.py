@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The adapter of a model: put on, switched off and on, read and written.
 
-`attach` freezes the model and wraps its linear layers; `set_enabled` turns the wrapped model into its base and back without
-a second copy or a new trace; `save` and `load` keep mlx-lm's folder format, and `load` reads PEFT's as well.
+`attach` freezes the model and wraps its linear layers; `set_enabled` turns the wrapped model into its base and back
+without a second copy or a new trace; `save` and `load` keep mlx-lm's folder format, and `load` reads PEFT's as well.
 """
 
 from math import sqrt
@@ -14,7 +14,7 @@ import mlx.nn as nn
 from mlx.utils import tree_unflatten
 
 from .adapter_files import PEFT_WEIGHTS, WEIGHTS, AdapterFile, read_mlx, write_folder
-from .adapter_layers import EMBEDDING, LINEAR, SWITCH, TRAINED, Adapter, DoRALinear, base_of, matrix_shape, wrap
+from .adapter_layers import EMBEDDING, LINEAR, SWITCH, TRAINED, Adapter, Base, DoRALinear, base_of, matrix_shape, wrap
 from .adapter_peft import read_peft
 from .errors import UserError
 
@@ -35,9 +35,9 @@ def attach(
 ) -> list[str]:
     """Freeze `model` and wrap its targets in fresh adapters, which change nothing yet; returns their paths.
 
-    targets: `all-linear` (linear and expert layers of the decoder blocks, never a router) and/or comma-separated names:
-    `q_proj`, `self_attn.q_proj` or a whole path; `embed_tokens` and `lm_head` only by name. layers: last n blocks, -1 all.
-    The scale is alpha / rank, with rslora alpha / sqrt(rank).
+    targets: `all-linear` (linear and expert layers of the decoder blocks, never a router) and/or comma-separated
+    names: `q_proj`, `self_attn.q_proj` or a whole path; `embed_tokens` and `lm_head` only by name. layers: the last n
+    blocks, -1 all. The scale is alpha / rank, with rslora alpha / sqrt(rank).
     Raises UserError for an unknown target, a router, nothing to adapt, DoRA on experts or embeddings, rank < 1.
     """
     if rank < 1:
@@ -78,7 +78,9 @@ def find_targets(model: nn.Module, targets: str = "all-linear", layers: int = -1
     found: set[str] = set()
     for target in filter(None, (part.strip() for part in targets.split(","))):
         if target == "all-linear":
-            hits = [path for path, module in known.items() if path.startswith(inside) and not isinstance(module, EMBEDDING)]
+            hits = [
+                path for path, layer in known.items() if path.startswith(inside) and not isinstance(layer, EMBEDDING)
+            ]
         else:
             hits = [path for path in known if names(target, path)]
         if not hits:
@@ -137,9 +139,9 @@ def adapters_of(model: nn.Module) -> dict[str, Adapter]:
 
 
 def set_enabled(model: nn.Module, on: bool) -> None:
-    """Adapters on, or off: then the model is its base exactly. Compiled traces that have `model.state` as input follow."""
+    """Adapters on, or off: then the model is its base exactly. Traces with `model.state` among their inputs follow."""
     for layer in adapters_of(model).values():
-        layer._scale = mx.array(layer.scale if on else 0.0, dtype=mx.float32)
+        layer.enable(on)
 
 
 def set_dropout_key(model: nn.Module, key: mx.array | None) -> None:
@@ -160,7 +162,7 @@ def state(model: nn.Module) -> dict[str, mx.array]:
 def save(model: nn.Module, folder: str | Path, *, base_model: str, extra: dict[str, Any] | None = None) -> None:
     """Write adapters.safetensors and adapter_config.json, which stock mlx-lm loads with `--adapter-path`.
 
-    base_model: folder or hub id, kept under `model`; extra: more keys for the JSON. Each file appears whole or not at all.
+    base_model: folder or hub id, kept under `model`; extra: more keys for the JSON. A file appears whole or not at all.
     """
     layers = adapters_of(model)
     if not layers:
@@ -213,7 +215,7 @@ def load(model: nn.Module, folder: str | Path, *, dropout: float | None = None) 
     folder = Path(folder)
     layers = adapters_of(model)
     bases = {path: base_of(layer) for path, layer in layers.items()} or adaptable(model, routers=True)
-    file = read(folder, bases)
+    file = read_peft(folder, bases, tied_head(model)) if (folder / PEFT_WEIGHTS).exists() else read_mlx(folder)
     refuse_misfits(file, bases, complete=bool(layers))
     rate = file.dropout if dropout is None else dropout
     if not layers:
@@ -229,13 +231,16 @@ def load(model: nn.Module, folder: str | Path, *, dropout: float | None = None) 
     return file
 
 
-def read(folder: Path, bases: dict[str, nn.Module]) -> AdapterFile:
-    """Read either kind of adapter folder; `bases` are the layers that PEFT's names are matched with."""
-    return read_peft(folder, bases) if (folder / PEFT_WEIGHTS).exists() else read_mlx(folder)
+def tied_head(model: nn.Module) -> bool:
+    """Whether the model has no head of its own and scores tokens with its embedding."""
+    blocks = tuple(path + "." for path in blocks_of(model))
+    outside = [module for path, module in model.named_modules() if not path.startswith(blocks)]
+    vocabularies = {matrix_shape(module)[0] for module in outside if isinstance(module, EMBEDDING)}
+    return not any(isinstance(module, LINEAR) and matrix_shape(module)[0] in vocabularies for module in outside)
 
 
-def refuse_misfits(file: AdapterFile, bases: dict[str, nn.Module], complete: bool) -> None:
-    """UserError naming every tensor that is unknown, of a wrong shape or not finite; if `complete`, every missing one."""
+def refuse_misfits(file: AdapterFile, bases: dict[str, Base], complete: bool) -> None:
+    """UserError naming every tensor that is unknown, misshapen or not finite; if `complete`, every missing one too."""
     wrong = []
     modules = file.modules()
     for path in [*modules, *(path for path in bases if complete and path not in modules)]:
@@ -260,7 +265,7 @@ def refuse_misfits(file: AdapterFile, bases: dict[str, nn.Module], complete: boo
         )
 
 
-def shapes(base: nn.Module, rank: int, dora: bool) -> dict[str, tuple[int, ...]]:
+def shapes(base: Base, rank: int, dora: bool) -> dict[str, tuple[int, ...]]:
     """Leaf name -> shape of the adapter of `base`."""
     outputs, inputs = matrix_shape(base)
     if isinstance(base, SWITCH):

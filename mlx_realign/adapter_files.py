@@ -43,8 +43,8 @@ def read_mlx(folder: Path) -> AdapterFile:
             f"{folder / CONFIG}: fine_tune_type is {kind!r}, expected 'lora' or 'dora'. "
             "Weights of a full fine-tune are a model, not an adapter: give their folder as --model."
         )
-    parameters = config.get("lora_parameters")
-    missing = [key for key in ("rank", "scale", "dropout") if key not in (parameters or {})]
+    parameters = config.get("lora_parameters") or {}
+    missing = [key for key in ("rank", "scale", "dropout") if key not in parameters]
     if missing:
         raise UserError(
             f"{folder / CONFIG}: lora_parameters lacks {', '.join(missing)} "

@@ -1,16 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """Low-rank layers around a frozen base: LoRA (arXiv:2106.09685) and DoRA (arXiv:2402.09353).
 
-Every layer here computes base(x) + (x A) (s B). A and B are trained in float32 and cast to the stream's dtype at use, so a
-bfloat16 stream stays bfloat16. The scale s is an array, not a number: compiled traces read it at run time, and at 0 the
-layer gives exactly what its base gives. Layout of A and B is mlx-lm's, so that its loader reads what we save.
+Every layer here computes base(x) + (x A) (s B). A and B are trained in float32 and cast to the stream's dtype at use,
+so a bfloat16 stream stays bfloat16. The scale s is an array, not a number: compiled traces read it at run time, and at
+0 the layer gives exactly what its base gives. Layout of A and B is mlx-lm's, so that its loader reads what we save.
 """
 
 import math
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
+
+Base = Any  # a linear, embedding or expert layer, dense or quantised: MLX's types do not say what attributes they have
 
 LINEAR = (nn.Linear, nn.QuantizedLinear)
 SWITCH = (SwitchLinear, QuantizedSwitchLinear)
@@ -18,33 +21,61 @@ EMBEDDING = (nn.Embedding, nn.QuantizedEmbedding)
 TRAINED = ("lora_a", "lora_b", "m")  # the names of an adapter's own arrays, in files too
 
 
-class LoRALinear(nn.Module):
+class Adapter(nn.Module):
+    """What all adapter layers share: the scale, and the key of the dropout.
+
+    Underscore arrays are state, which compiled traces read, but neither trained nor saved.
+    """
+
+    lora_a: mx.array
+    lora_b: mx.array
+    _scale: mx.array
+    _dropout_key: mx.array | None
+
+    def __init__(self, scale: float, dropout: float):
+        super().__init__()
+        self.scale, self.dropout = scale, dropout
+        self._scale = mx.array(scale, dtype=mx.float32)
+        self._dropout_key = None
+
+    def enable(self, on: bool) -> None:
+        """On, or off: then the layer gives what its base gives."""
+        self._scale = mx.array(self.scale if on else 0.0, dtype=mx.float32)
+
+    def drop(self, x: mx.array) -> mx.array:
+        """Dropout whose mask depends on `_dropout_key` alone: a checkpointed layer draws it again when recomputed."""
+        if self._dropout_key is None or self.dropout == 0:
+            return x
+        keep = mx.random.bernoulli(1 - self.dropout, x.shape, key=self._dropout_key)
+        return mx.where(keep, x * (1 / (1 - self.dropout)), 0)
+
+
+class LoRALinear(Adapter):
     """base(x) + s (x A) B on an nn.Linear or nn.QuantizedLinear; A float32 [in, r], B float32 [r, out].
 
     A starts as U(-1/sqrt(in), 1/sqrt(in)) and B as zeros, as in PEFT and mlx-lm, so a fresh layer equals its base.
     """
 
-    def __init__(self, linear: nn.Module, *, rank: int, scale: float, dropout: float, key: mx.array):
-        super().__init__()
+    def __init__(self, linear: Base, *, rank: int, scale: float, dropout: float, key: mx.array):
+        super().__init__(scale, dropout)
         outputs, inputs = matrix_shape(linear)
         self.linear = linear
         self.lora_a = uniform(key, (inputs, rank), 1 / math.sqrt(inputs))
         self.lora_b = mx.zeros((rank, outputs))
-        remember_scale(self, scale, dropout)
 
     def __call__(self, x: mx.array) -> mx.array:
         return low_rank_linear(self, x)
 
 
-class DoRALinear(nn.Module):
+class DoRALinear(Adapter):
     """(m / n) (W x + s B A x) + bias, n = ||W + s B A|| per output row, taken as a constant in the gradient.
 
-    m float32 [out] starts as ||W||. n comes from ||W||^2 + 2 s <W A, B> + s^2 <A^T A B, B>: one rank-wide product with W
-    instead of a pass over a dequantised [out, in] array, and right for every bit width.
+    m float32 [out] starts as ||W||. n comes from ||W||^2 + 2 s <W A, B> + s^2 <A^T A B, B>: one rank-wide product with
+    W instead of a pass over a dequantised [out, in] array, and right for every bit width.
     """
 
-    def __init__(self, linear: nn.Module, *, rank: int, scale: float, dropout: float, key: mx.array):
-        super().__init__()
+    def __init__(self, linear: Base, *, rank: int, scale: float, dropout: float, key: mx.array):
+        super().__init__(scale, dropout)
         outputs, inputs = matrix_shape(linear)
         self.linear = linear
         self.lora_a = uniform(key, (inputs, rank), 1 / math.sqrt(inputs))
@@ -52,7 +83,6 @@ class DoRALinear(nn.Module):
         self._base_norm_squared = dense_weight(linear).astype(mx.float32).square().sum(axis=1)
         self.m = mx.sqrt(self._base_norm_squared)
         mx.eval(self.m, self._base_norm_squared)  # so that no dequantised copy outlives this line
-        remember_scale(self, scale, dropout)
 
     def __call__(self, x: mx.array) -> mx.array:
         y = low_rank_linear(self, x)
@@ -72,19 +102,18 @@ class DoRALinear(nn.Module):
         return mx.sqrt(mx.maximum(squared, 1e-30))  # a row of zeros would divide by zero
 
 
-class LoRAEmbedding(nn.Module):
+class LoRAEmbedding(Adapter):
     """base[x] + (A[x]) (s B), A float32 [vocab, r], B float32 [r, width]; `as_linear` serves a tied head.
 
     A starts as zeros and B as N(0, 1), as in PEFT: rows of tokens never seen stay where they were.
     """
 
-    def __init__(self, embedding: nn.Module, *, rank: int, scale: float, dropout: float, key: mx.array):
-        super().__init__()
+    def __init__(self, embedding: Base, *, rank: int, scale: float, dropout: float, key: mx.array):
+        super().__init__(scale, dropout)
         vocabulary, width = matrix_shape(embedding)
         self.embedding = embedding
         self.lora_a = mx.zeros((vocabulary, rank))
         self.lora_b = mx.random.normal((rank, width), key=key)
-        remember_scale(self, scale, dropout)
 
     def __call__(self, x: mx.array) -> mx.array:
         y = self.embedding(x)
@@ -93,32 +122,28 @@ class LoRAEmbedding(nn.Module):
 
     def as_linear(self, x: mx.array) -> mx.array:
         b = (self.lora_b * self._scale).astype(x.dtype)
-        return mx.addmm(self.embedding.as_linear(x), drop(self, x) @ b.T, self.lora_a.T.astype(x.dtype))
+        return mx.addmm(self.embedding.as_linear(x), self.drop(x) @ b.T, self.lora_a.T.astype(x.dtype))
 
 
-class LoRASwitchLinear(nn.Module):
+class LoRASwitchLinear(Adapter):
     """LoRA on every expert of a mixture; A float32 [experts, r, in], B float32 [experts, out, r]."""
 
-    def __init__(self, linear: nn.Module, *, rank: int, scale: float, dropout: float, key: mx.array):
-        super().__init__()
+    def __init__(self, linear: Base, *, rank: int, scale: float, dropout: float, key: mx.array):
+        super().__init__(scale, dropout)
         experts, outputs, inputs = linear.num_experts, linear.output_dims, linear.input_dims
         self.linear = linear
         self.lora_a = uniform(key, (experts, rank, inputs), 1 / math.sqrt(inputs))
         self.lora_b = mx.zeros((experts, outputs, rank))
-        remember_scale(self, scale, dropout)
 
     def __call__(self, x: mx.array, indices: mx.array, sorted_indices: bool = False) -> mx.array:
         y = self.linear(x, indices, sorted_indices=sorted_indices)
         a = self.lora_a.swapaxes(-1, -2).astype(x.dtype)
         b = (self.lora_b * self._scale).swapaxes(-1, -2).astype(x.dtype)
-        z = mx.gather_mm(drop(self, x), a, rhs_indices=indices, sorted_indices=sorted_indices)
+        z = mx.gather_mm(self.drop(x), a, rhs_indices=indices, sorted_indices=sorted_indices)
         return y + mx.gather_mm(z, b, rhs_indices=indices, sorted_indices=sorted_indices)
 
 
-Adapter = LoRALinear | DoRALinear | LoRAEmbedding | LoRASwitchLinear
-
-
-def wrap(module: nn.Module, *, rank: int, scale: float, dropout: float, dora: bool, key: mx.array) -> Adapter:
+def wrap(module: Base, *, rank: int, scale: float, dropout: float, dora: bool, key: mx.array) -> Adapter:
     """The adapter layer for a linear, embedding or expert layer. Raises TypeError where DoRA has no such layer."""
     if isinstance(module, LINEAR):
         layer = DoRALinear if dora else LoRALinear
@@ -129,71 +154,56 @@ def wrap(module: nn.Module, *, rank: int, scale: float, dropout: float, dora: bo
     return layer(module, rank=rank, scale=scale, dropout=dropout, key=key)
 
 
-def base_of(adapter: Adapter) -> nn.Module:
+def base_of(adapter: Adapter) -> Base:
     """The frozen layer inside."""
-    return adapter.embedding if isinstance(adapter, LoRAEmbedding) else adapter.linear
+    return adapter["embedding" if isinstance(adapter, LoRAEmbedding) else "linear"]
 
 
-def remember_scale(layer: nn.Module, scale: float, dropout: float) -> None:
-    """Underscore arrays are state (compiled traces read them) but neither trained nor saved."""
-    layer.scale, layer.dropout = scale, dropout
-    layer._scale = mx.array(scale, dtype=mx.float32)
-    layer._dropout_key = None
-
-
-def drop(layer: nn.Module, x: mx.array) -> mx.array:
-    """Dropout whose mask depends on `_dropout_key` alone: a checkpointed layer draws the same one when recomputed."""
-    if layer._dropout_key is None or layer.dropout == 0:
-        return x
-    keep = mx.random.bernoulli(1 - layer.dropout, x.shape, key=layer._dropout_key)
-    return mx.where(keep, x * (1 / (1 - layer.dropout)), 0)
-
-
-def low_rank_linear(layer: LoRALinear | DoRALinear, x: mx.array) -> mx.array:
+def low_rank_linear(layer: Any, x: mx.array) -> mx.array:
     """base(x) + (x A) (s B); x [..., in] -> [..., out] in x's dtype."""
     a = layer.lora_a.astype(x.dtype)
     b = (layer.lora_b * layer._scale).astype(x.dtype)  # the scale goes to the small side: no pass over [tokens, out]
     if layer._dropout_key is not None and layer.dropout > 0:
-        return mx.addmm(layer.linear(x), drop(layer, x) @ a, b)
+        return mx.addmm(layer.linear(x), layer.drop(x) @ a, b)
     return _fused(layer.linear, x, a, b)
 
 
-def _fused(linear: nn.Module, x: mx.array, a: mx.array, b: mx.array) -> mx.array:
+def _fused(linear: Base, x: mx.array, a: mx.array, b: mx.array) -> mx.array:
     """The gradient by hand: automatic differentiation would add two [tokens, in] arrays where one addmm does."""
-    dense = "scales" not in linear
-    weights = [linear.weight] if dense else []
-    if dense and "bias" in linear:
-        weights.append(linear.bias)
+    weights = [] if "scales" in linear else [linear[name] for name in ("weight", "bias") if name in linear]
+    stream = mx.default_stream(mx.default_device())
 
     @mx.custom_function
-    def run(x: mx.array, a: mx.array, b: mx.array, *weights: mx.array) -> mx.array:
+    def run(x: mx.array, a: mx.array, b: mx.array, *weights: mx.array) -> Any:
         return mx.addmm(linear(x), x @ a, b)
 
     @run.vjp
     def gradients(primals: tuple[mx.array, ...], dy: mx.array, _: mx.array) -> tuple[mx.array, ...]:
         x, a, b, *weights = primals
-        d = dy @ b.T
-        dx = mx.addmm(matmul(linear, dy), d, a.T)
-        rows, drows = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
-        da, db = rows.T @ d.reshape(-1, d.shape[-1]), (rows @ a).T @ drows
-        # Lazy: computed only where someone trains the base as well.
-        base = [drows.T @ rows, drows.sum(axis=0)][: len(weights)]
+        with mx.stream(stream):  # where the forward ran: built-in gradients follow it there, those of Python would not
+            d = dy @ b.T
+            dx = mx.addmm(matmul(linear, dy), d, a.T)
+            rows, drows = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
+            da, db = rows.T @ d.reshape(-1, d.shape[-1]), (rows @ a).T @ drows
+            # Lazy: computed only where someone trains the base as well.
+            base = [drows.T @ rows, drows.sum(axis=0)][: len(weights)]
         return dx, da, db, *base
 
-    return run(x, a, b, *weights)
+    y: Any = run(x, a, b, *weights)
+    return y
 
 
-def matmul(linear: nn.Module, y: mx.array) -> mx.array:
+def matmul(linear: Base, y: mx.array) -> mx.array:
     """y W for W [out, in]: [..., out] -> [..., in]; dense or quantised, no bias."""
     return _product(linear, y, transpose=False)
 
 
-def matmul_transposed(linear: nn.Module, x: mx.array) -> mx.array:
+def matmul_transposed(linear: Base, x: mx.array) -> mx.array:
     """x W^T: [..., in] -> [..., out]; dense or quantised, no bias."""
     return _product(linear, x, transpose=True)
 
 
-def _product(linear: nn.Module, x: mx.array, transpose: bool) -> mx.array:
+def _product(linear: Base, x: mx.array, transpose: bool) -> mx.array:
     if "scales" not in linear:
         return x @ (linear.weight.T if transpose else linear.weight)
     return mx.quantized_matmul(
@@ -201,19 +211,19 @@ def _product(linear: nn.Module, x: mx.array, transpose: bool) -> mx.array:
     )
 
 
-def quantisation(module: nn.Module) -> dict[str, int | str]:
+def quantisation(module: Base) -> dict[str, Any]:
     """group_size, bits and mode of a quantised layer, as mx.quantize takes them."""
     return {"group_size": module.group_size, "bits": module.bits, "mode": module.mode}
 
 
-def dense_weight(module: nn.Module) -> mx.array:
+def dense_weight(module: Base) -> mx.array:
     """The weight as floats, dequantised where need be."""
     if "scales" not in module:
         return module.weight
     return mx.dequantize(module.weight, module.scales, module.get("biases"), **quantisation(module))
 
 
-def matrix_shape(module: nn.Module) -> tuple[int, int]:
+def matrix_shape(module: Base) -> tuple[int, int]:
     """(out, in) of a linear layer, (vocab, width) of an embedding: of the real matrix, not of its packed bits."""
     if "scales" in module:
         return module.weight.shape[0], module.scales.shape[-1] * module.group_size
