@@ -1,0 +1,80 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Loads a fast BLAS before MLX on Linux, where MLX's CPU wheel brings the reference one (2 GFLOP/s against 100).
+
+Must run before `mlx.core` is imported: the first `cblas_sgemm` in the process's global scope wins.
+Sources, in order: the PyPI package `cmeel-openblas` (extra `cpu`), then the system's `libopenblas.so.0`.
+"""
+
+import ctypes
+import os
+import platform
+import sys
+import sysconfig
+import tempfile
+from pathlib import Path
+
+MISSING = (
+    "no fast BLAS found: float32 matmuls on this CPU run about 50 times slower. "
+    "Get one with: pip install 'mlx-realign[cpu]'"
+)
+
+
+def load_fast_blas() -> str | None:
+    """Put OpenBLAS in the process's global scope; returns its path, or None where there is none (or no need).
+
+    Only Linux needs it; a process that was started with OpenBLAS preloaded keeps that one.
+    """
+    if platform.system() != "Linux" or "mlx.core" in sys.modules or _mapped():
+        return _mapped()
+    packages = Path(sysconfig.get_path("purelib"))
+    for candidate in (packages / "cmeel.prefix/lib/libopenblas.so.0", Path("libopenblas.so.0")):
+        if len(candidate.parts) > 1 and not candidate.exists():
+            continue
+        if _open(str(candidate)) or (_provide_gfortran(packages) and _open(str(candidate))):
+            return str(candidate)
+    return None
+
+
+def set_threads(count: int) -> None:
+    """Number of threads of each matmul; no effect where OpenBLAS is not the one in use."""
+    path = _mapped()
+    if path:
+        ctypes.CDLL(path).openblas_set_num_threads(ctypes.c_int(count))
+
+
+def _mapped() -> str | None:
+    if platform.system() != "Linux":
+        return None
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        path = line.split(maxsplit=5)[-1]
+        if Path(path).name.startswith("libopenblas"):  # not numpy's own copy, whose names carry a prefix
+            return path
+    return None
+
+
+def _open(path: str) -> bool:
+    try:
+        ctypes.CDLL(path, mode=ctypes.RTLD_GLOBAL)
+    except OSError:
+        return False
+    return True
+
+
+def _provide_gfortran(packages: Path) -> bool:
+    """cmeel-openblas needs `libgfortran.so.5`, which a bare machine lacks but the MLX and NumPy wheels carry renamed.
+
+    A copy with the standard name written back over the longer one serves; it lives in the temporary folder.
+    """
+    for wheel in ("mlx_cpu.libs", "numpy.libs"):
+        for source in sorted((packages / wheel).glob("libgfortran-*.so.5*")):
+            for quadmath in sorted((packages / wheel).glob("libquadmath-*.so*")):
+                _open(str(quadmath))
+            standard = b"libgfortran.so.5"
+            renamed = source.name.encode()
+            content = source.read_bytes().replace(renamed, standard + b"\0" * (len(renamed) - len(standard)))
+            with tempfile.TemporaryDirectory() as folder:  # once mapped, the file itself is not needed
+                target = os.path.join(folder, "libgfortran.so.5")
+                Path(target).write_bytes(content)
+                if _open(target):
+                    return True
+    return False

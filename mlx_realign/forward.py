@@ -1,0 +1,148 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Two ways through an unmodified mlx-lm model to the hidden states of completion tokens.
+
+Shared: each prompt is computed once, and its keys and values (kept differentiable) serve all its completions, through
+mlx-lm's cache protocol (`offset`, `update_and_fetch`, `make_mask`). Plain: one right-padded row per completion.
+Both return hidden states [R, Lc, D] that predict the completion's tokens; the head is applied elsewhere, in chunks.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx_lm.models.cache import KVCache, RotatingKVCache, make_prompt_cache
+
+from .batch import Batch
+
+Hidden = Callable[..., mx.array]  # (tokens, cache=None) -> hidden states [rows, columns, D]
+
+
+class PromptRecorder:
+    """Cache of one layer while the prompts are computed: keeps keys and values as they come, graph and all."""
+
+    def __init__(self, pad: mx.array, window: int | None) -> None:
+        self.pad, self.window, self.offset, self.kv = pad, window, -pad, ()
+
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
+        self.kv = (keys, values)
+        return keys, values
+
+    def make_mask(self, n: int, return_array: bool = False, window_size: int | None = None) -> mx.array:
+        return _mask(0, n, self.pad, window_size or self.window)
+
+
+class PromptReader:
+    """Cache of one layer while the completions are computed: keys and values = [those of the row's prompt, own]."""
+
+    def __init__(self, recorder: PromptRecorder, rows: mx.array) -> None:
+        self.kv = tuple(x[rows] for x in recorder.kv)
+        self.prefix = recorder.kv[0].shape[2]
+        self.pad, self.window = recorder.pad[rows], recorder.window
+        self.offset = self.prefix - self.pad
+
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
+        return mx.concatenate([self.kv[0], keys], 2), mx.concatenate([self.kv[1], values], 2)
+
+    def make_mask(self, n: int, return_array: bool = False, window_size: int | None = None) -> mx.array:
+        return _mask(self.prefix, n, self.pad, window_size or self.window)
+
+
+def _mask(start: int, n: int, pad: mx.array, window: int | None) -> mx.array:
+    """bool [rows, 1, n, start + n], True = may look: causal, no pad column, within the window.
+
+    Pad queries look at themselves, so that no row of the softmax is empty.
+    """
+    query, key = mx.arange(start, start + n)[:, None], mx.arange(start + n)[None]
+    seen = query >= key
+    if window is not None:
+        seen = seen & (query - key < window)
+    return (seen & (pad[:, None, None, None] <= key)) | (query == key)
+
+
+def shareable(model: nn.Module) -> str | None:
+    """Why prompts cannot be shared on this model, or None: only plain and rotating key-value caches can."""
+    entries = make_prompt_cache(model)
+    kinds = {type(entry) for entry in entries} - {KVCache, RotatingKVCache}
+    if kinds:
+        return f"its cache holds {', '.join(sorted(kind.__name__ for kind in kinds))}"
+    return None
+
+
+def shared(model: nn.Module, hidden: Hidden, batch: Batch) -> mx.array:
+    """Hidden states [R, Lc, D] with every prompt computed once."""
+    prompt, completion = batch.prompt, batch.completion
+    if prompt.shape[1] < 2:  # at least one prompt column: the recorder's keys must exist
+        prompt = mx.pad(prompt, ((0, 0), (1, 0)))
+    pad = batch.prompt_pad + (prompt.shape[1] - batch.prompt.shape[1])
+    recorders = [PromptRecorder(pad, getattr(entry, "max_size", None)) for entry in make_prompt_cache(model)]
+    hidden(prompt[:, :-1], recorders)
+    readers = [PromptReader(recorder, batch.row_prompt) for recorder in recorders]
+    tokens = mx.concatenate([prompt[:, -1][batch.row_prompt][:, None], completion[:, :-1]], 1)
+    return hidden(tokens, readers)
+
+
+def plain(model: nn.Module, hidden: Hidden, batch: Batch) -> mx.array:
+    """Hidden states [R, Lc, D] with each row computed alone: prompt and completion side by side, padded on the right."""
+    width, rows = batch.prompt.shape[1], batch.completion.shape[0]
+    pad = batch.prompt_pad[batch.row_prompt][:, None]
+    length = batch.completion.shape[1]
+    joined = mx.concatenate([batch.prompt[batch.row_prompt], batch.completion, mx.zeros((rows, width), mx.int32)], 1)
+    columns = mx.arange(width + length - 1)[None] + pad  # drop the left pad: rows start at their first token
+    states = hidden(mx.take_along_axis(joined, columns, 1))
+    wanted = mx.arange(length)[None] + (width - 1 - pad)
+    return mx.take_along_axis(states, wanted[..., None], 1)
+
+
+def checkpoint_layers(model: nn.Module) -> None:
+    """Recompute each layer in the backward pass; composes with shared prompts and is undone by `uncheckpoint_layers`.
+
+    Keys and values travel as arguments and results, never as side effects, or their gradient would be lost.
+    """
+    for layer in model.layers:
+        if not hasattr(type(layer), "checkpointed_from"):
+            layer.__class__ = _checkpointed(type(layer))
+
+
+def uncheckpoint_layers(model: nn.Module) -> None:
+    """Back to the layers' own classes."""
+    for layer in model.layers:
+        layer.__class__ = getattr(type(layer), "checkpointed_from", type(layer))
+
+
+def _checkpointed(base: type) -> type:
+    class Checkpointed(base):  # a subclass: parameter paths stay as they are
+        checkpointed_from = base
+
+        def __call__(self, x: mx.array, *args: Any, **kwargs: Any) -> Any:
+            cache = kwargs.get("cache", next((a for a in args if isinstance(a, PromptRecorder | PromptReader)), None))
+            if cache is not None and not isinstance(cache, PromptRecorder | PromptReader):
+                return base.__call__(self, x, *args, **kwargs)  # decoding keeps its own cache
+            recording = isinstance(cache, PromptRecorder)
+
+            def run(parameters: dict[str, Any], x: mx.array, *kv: mx.array) -> tuple[Any, ...]:
+                own = _copy(cache, kv)
+                swap = lambda value: own if value is cache and cache is not None else value  # noqa: E731
+                kept = self.trainable_parameters()
+                self.update(parameters)
+                out = base.__call__(self, x, *map(swap, args), **{k: swap(v) for k, v in kwargs.items()})
+                self.update(kept)
+                return (out, *own.kv) if recording else (out,)
+
+            kv = cache.kv if isinstance(cache, PromptReader) else ()
+            out = mx.checkpoint(run)(self.trainable_parameters(), x, *kv)
+            if recording:
+                cache.kv = tuple(out[1:])
+            return out[0]
+
+    Checkpointed.__name__ = base.__name__
+    return Checkpointed
+
+
+def _copy(cache: PromptRecorder | PromptReader | None, kv: tuple[mx.array, ...]) -> Any:
+    if cache is None:
+        return None
+    own = object.__new__(type(cache))
+    own.__dict__.update(cache.__dict__)
+    own.kv = kv
+    return own

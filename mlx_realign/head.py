@@ -1,0 +1,115 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Finds a model's head without knowing its architecture, and takes it off.
+
+The head is the module outside the blocks whose output the model ends with: a linear layer, or an embedding through
+`as_linear`. Its class is swapped for a tapped subclass (parameter paths stay): the tap can hand out the hidden states
+that reach the head, or let hidden states of ours in. Whatever the model does to logits after the head (scaling, soft
+caps) is kept by running the model's own code around the tap.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from .kernels.token_scores import Head
+
+PROBE = mx.array([[1, 2, 3]])
+
+
+class Tap:
+    """What the tapped head does when it is called: nothing, catch what comes in, or compute from something else."""
+
+    def __init__(self) -> None:
+        self.mode, self.hidden = "off", None
+
+    def __call__(self, compute: Any, x: mx.array) -> mx.array:
+        if self.mode == "catch":
+            self.hidden = x
+            return x[..., :1]  # logits nobody looks at: the head itself never runs
+        return compute(self.hidden if self.mode == "inject" else x)
+
+    @contextmanager
+    def set(self, mode: str, hidden: mx.array | None = None) -> Iterator["Tap"]:
+        self.mode, self.hidden = mode, hidden
+        try:
+            yield self
+        finally:
+            self.mode, self.hidden = "off", None
+
+
+class Body:
+    """The model without its head."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model, self.tap = model, Tap()
+        self.module, self.method = _tapped_head(model, self.tap)
+        self.bare = self._is_bare()
+
+    def hidden(self, tokens: mx.array, cache: list[Any] | None = None) -> mx.array:
+        """Hidden states [rows, columns, D] that the head would get; tokens int32 [rows, columns]."""
+        with self.tap.set("catch") as tap:
+            self.model(tokens, cache=cache)
+            if tap.hidden is None:
+                raise RuntimeError("the model did not call its head")
+            return tap.hidden
+
+    def logits(self, hidden: mx.array) -> mx.array:
+        """Logits [n, V] of hidden states [n, D], with all that the model does to them after the head."""
+        if self.bare:
+            return getattr(self.module, self.method)(hidden)
+        with self.tap.set("inject", hidden[None]):
+            return self.model(PROBE[:, :1])[0]  # lazily: only what stands after the tap is ever computed
+
+    def head(self) -> Head:
+        """The head as kernels want it. Its weight is given where logits are hidden @ weight.T and nothing else."""
+        trained = bool(self.module.trainable_parameters())
+        dense = type(self.module).__mro__[1] in (nn.Linear, nn.Embedding) and "bias" not in self.module
+        weight = self.module.weight if dense and self.bare and not trained else None
+        return Head(self.logits, weight, self.module if trained else None)
+
+    def _is_bare(self) -> bool:
+        with self.tap.set("catch") as tap:
+            self.model(PROBE)
+            hidden = tap.hidden
+        raw = getattr(self.module, self.method)(hidden)
+        whole = self.model(PROBE)
+        return raw.shape == whole.shape and bool(mx.array_equal(raw, whole))
+
+
+def _tapped_head(model: nn.Module, tap: Tap) -> tuple[nn.Module, str]:
+    """Tap every candidate, run a probe, keep the tap on the one that was called last."""
+    inside = {id(m) for layer in model.layers for m in layer.modules()}
+    called: list[tuple[nn.Module, str]] = []
+    bases: dict[int, type] = {}
+    candidates = [m for _, m in model.named_modules() if id(m) not in inside and _is_candidate(m)]
+    for module in candidates:
+        bases[id(module)] = _untapped(type(module))
+        module.__class__ = _tapped(bases[id(module)], lambda compute, x, m=module: (called.append(m), compute(x))[1])
+    model(PROBE)
+    for module in candidates:
+        module.__class__ = bases[id(module)]
+    if not called:
+        raise RuntimeError("no head found: no linear layer or embedding outside the blocks was called last")
+    module = called[-1]
+    module.__class__ = _tapped(bases[id(module)], tap)
+    return module, "as_linear" if hasattr(module, "as_linear") else "__call__"
+
+
+def _is_candidate(module: nn.Module) -> bool:
+    return hasattr(module, "as_linear") or (hasattr(module, "weight") and hasattr(module, "to_quantized")) or (
+        hasattr(module, "linear") or isinstance(module, nn.QuantizedLinear)
+    )
+
+
+def _untapped(kind: type) -> type:
+    return getattr(kind, "tapped_from", kind)
+
+
+def _tapped(base: type, tap: Any) -> type:
+    method = "as_linear" if hasattr(base, "as_linear") else "__call__"
+    original = getattr(base, method)
+    body = {"tapped_from": base, method: lambda self, x: tap(lambda h: original(self, h), x)}
+    return type(base.__name__, (base,), body)

@@ -1,0 +1,205 @@
+# SPDX-License-Identifier: Apache-2.0
+"""THE model wrapper: one policy serves training, reference, evaluation and generation, and holds the weights once.
+
+`scores` is the only forward pass of the project: prompts computed once and shared where the model allows it, the head
+in chunks at trained positions only.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten, tree_map
+
+from . import adapter, forward, loading
+from .batch import Batch, LossOutput, Scores
+from .config import TrainSettings
+from .head import Body
+from .kernels import install, token_scores
+from .workers import Workers, cores
+
+LOGITS_CHUNK_BYTES = 1 << 24  # of one chunk of logits: small beside the activations, large enough for a fast matmul
+
+Loss = Callable[[Scores, Batch], LossOutput]
+
+
+class Policy:
+    """A causal language model with an optional adapter. Build one with `Policy.load`."""
+
+    def __init__(self, loaded: loading.Loaded, name: str) -> None:
+        self.model, self.tokenizer, self.config, self.folder, self.notes = loaded
+        self.name = name
+        self.sharing = forward.shareable(self.model) is None
+        self.workers = Workers(cores() if loading.on_cpu() else 1)
+        self.start: dict[str, mx.array] = {}
+        self.model.freeze()
+        self.notes += install(self.model)
+        self.refresh()
+
+    @classmethod
+    def load(
+        cls,
+        model: str,
+        *,
+        adapter: str | None = None,
+        dtype: str = "auto",
+        quantize: int | None = None,
+        cpu_dequantize: str = "auto",
+        trust_remote_code: bool = False,
+    ) -> "Policy":
+        """Model folder, hub id or `tiny-chat`, frozen; with `adapter` (mlx-lm or PEFT folder) attached and trainable.
+
+        Raises UserError with one line for a model or adapter that cannot be found or read.
+        """
+        options = {"dtype": dtype, "quantize": quantize, "cpu_dequantize": cpu_dequantize}
+        policy = cls(loading.load(model, trust_remote_code=trust_remote_code, **options), model)
+        if adapter:
+            policy.load_adapter(adapter)
+        return policy
+
+    @classmethod
+    def from_settings(cls, settings: TrainSettings) -> "Policy":
+        """As a training run asks: adapter attached (or all weights free), checkpointing, limits."""
+        limit_memory(settings.memory_limit)
+        options = {k: getattr(settings, k) for k in ("dtype", "quantize", "cpu_dequantize", "trust_remote_code")}
+        policy = cls.load(settings.model, **options)
+        policy.prepare(settings)
+        return policy
+
+    def prepare(self, settings: TrainSettings) -> None:
+        """Make the wanted parameters trainable; the state this leaves is the reference of the stage."""
+        if settings.full:
+            self.model.unfreeze()
+        elif settings.adapter:
+            adapter.load(self.model, Path(settings.adapter))
+        elif not adapter.adapters_of(self.model):
+            adapter.attach(
+                self.model,
+                rank=settings.lora_rank,
+                alpha=settings.lora_alpha,
+                dropout=settings.lora_dropout,
+                targets=settings.lora_targets,
+                layers=settings.lora_layers,
+                dora=settings.dora,
+                rslora=settings.rslora,
+                seed=settings.seed,
+            )
+        if settings.grad_checkpoint:
+            forward.checkpoint_layers(self.model)
+        self.refresh()
+        self.mark_start()
+
+    def load_adapter(self, folder: str) -> None:
+        """Attach the adapter of an mlx-lm or PEFT folder."""
+        adapter.load(self.model, Path(folder))
+        self.refresh()
+        self.mark_start()
+
+    def refresh(self) -> None:
+        """Find the head again: it must be called after modules were exchanged."""
+        self.body = Body(self.model)
+
+    def mark_start(self) -> None:
+        """What the policy is now becomes what `reference("init")` answers with. Adapter tensors only: no second copy."""
+        self.start = adapter.state(self.model)
+
+    # ------------------------------------------------------------------ forward
+
+    def scores(self, batch: Batch) -> Scores:
+        """Log-probs, entropy and top-1 hits of every trained completion token: float32 [R, Lc], 0 where masked."""
+        way = forward.shared if self.sharing else forward.plain
+        hidden = way(self.model, self.body.hidden, batch)
+        rows, width, size = hidden.shape
+        head = self.body.head()
+        picked = hidden.reshape(-1, size)[batch.positions]
+        targets = batch.completion.reshape(-1)[batch.positions]
+        chunk = max(16, LOGITS_CHUNK_BYTES // (4 * self.vocabulary))
+        found = token_scores.fused(head, picked, targets, chunk=chunk)
+        trained = batch.mask.reshape(-1)[batch.positions]
+        place = lambda x: mx.zeros((rows * width,)).at[batch.positions].add(mx.where(trained, x, 0)).reshape(rows, width)  # noqa: E731
+        return Scores(*map(place, found))
+
+    @property
+    def vocabulary(self) -> int:
+        """Number of logits."""
+        args = getattr(self.model, "args", None)
+        return getattr(args, "vocab_size", None) or self.config.get("vocab_size") or len(self.tokenizer)
+
+    # ------------------------------------------------------------------ gradient
+
+    def gradients(self, batch: Batch, loss: Loss) -> tuple[LossOutput, dict[str, Any]]:
+        """Sums of the loss and the gradient of `total` with respect to the trainable parameters, evaluated."""
+        return _sum(self.workers.map(batch, lambda part: self._gradients(part, loss)))
+
+    def losses(self, batch: Batch, loss: Loss) -> LossOutput:
+        """Sums of the loss without a gradient, evaluated."""
+        return _sum(self.workers.map(batch, lambda part: loss(self.scores(part), part)))
+
+    def totals(self, batch: Batch) -> mx.array:
+        """float32 [R]: log-prob of every completion, summed over its trained tokens, evaluated."""
+        return mx.concatenate(self.workers.map(batch, lambda part: self.scores(part).logps.sum(-1)))
+
+    def _gradients(self, batch: Batch, loss: Loss) -> tuple[LossOutput, dict[str, Any]]:
+        def objective(parameters: dict[str, Any]) -> tuple[mx.array, mx.array, dict[str, Any]]:
+            self.model.update(parameters)
+            out = loss(self.scores(batch), batch)
+            return out.total, out.count, out.metrics
+
+        trainable = self.model.trainable_parameters()
+        (total, count, metrics), grads = mx.value_and_grad(objective)(trainable)
+        self.model.update(trainable)  # tracers must not stay behind in the model
+        return LossOutput(total, count, metrics), grads
+
+    # ------------------------------------------------------------------ reference
+
+    @contextmanager
+    def reference(self, kind: str = "init") -> Iterator[None]:
+        """Inside, the policy answers as it was when the stage began ("init") or without its adapter ("base").
+
+        Adapter tensors are exchanged for those of the start; with full fine-tuning it must be used before step 1.
+        """
+        now = adapter.state(self.model)
+        with self.adapter_off() if kind == "base" else nullcontext():
+            if kind == "init":
+                self.model.load_weights(list(self.start.items()), strict=False)
+            yield
+        self.model.load_weights(list(now.items()), strict=False)
+
+    @contextmanager
+    def adapter_off(self) -> Iterator[None]:
+        """Inside, the policy is its base model."""
+        adapter.set_enabled(self.model, False)
+        yield
+        adapter.set_enabled(self.model, True)
+
+    # ------------------------------------------------------------------ facts
+
+    @property
+    def trained(self) -> int:
+        """Number of trainable parameters."""
+        return sum(v.size for _, v in tree_flatten(self.model.trainable_parameters()))
+
+    @property
+    def parameters(self) -> int:
+        """Number of parameters, packed ones counted as what they stand for."""
+        from mlx_lm.utils import get_total_parameters
+
+        return get_total_parameters(self.model)
+
+
+def limit_memory(limit_gb: float | None) -> None:
+    """Wired and cache limits where the device has them, and the user's own limit."""
+    limits = mx.device_info()
+    if "max_recommended_working_set_size" in limits:
+        mx.set_wired_limit(int(limits["max_recommended_working_set_size"]))
+    if limit_gb:
+        mx.set_memory_limit(int(limit_gb * 1e9))
+        mx.set_cache_limit(int(limit_gb * 1e9 / 8))
+
+
+def _sum(results: list[Any]) -> Any:
+    """Element-wise sum of equal trees."""
+    return results[0] if len(results) == 1 else tree_map(lambda *parts: sum(parts[1:], parts[0]), *results)
