@@ -52,9 +52,6 @@ $(VENV)/run.stamp: pyproject.toml | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.$(EXTRAS)'
 	touch $@
 
-# The link shows the type checker that kernels/ is mlx_realign.kernels.
 $(VENV)/dev.stamp: pyproject.toml | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.$(DEV)'
-	mkdir -p $(VENV)/typings/mlx_realign
-	ln -sfn ../../../kernels $(VENV)/typings/mlx_realign/kernels
 	touch $@ $(VENV)/run.stamp

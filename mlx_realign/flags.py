@@ -73,10 +73,7 @@ def scan(argv: Sequence[str], fields: Mapping[str, Field], positional: Sequence[
         word = words.pop(0)
         if word in ("-h", "--help"):
             raise HelpAsked
-        if not word.startswith("--"):
-            if word.startswith("-") and len(word) == 2:  # the one short form some flags have
-                matches = [f for f in known if f[2] == word[1]]
-                raise UserError(f"unknown flag {word}.{f' Did you mean {matches[0]}?' if len(matches) == 1 else ''}")
+        if not word.startswith("-") or word == "-":
             if not places:
                 raise UserError(f"unexpected argument {word!r}: settings are given as --name value. See --help.")
             field = fields[places.pop(0)]
@@ -95,7 +92,7 @@ def scan(argv: Sequence[str], fields: Mapping[str, Field], positional: Sequence[
             values[field.name] = value
             continue
         if not equals:
-            if not words or (words[0].startswith("--") and len(words[0]) > 2):
+            if not words or words[0].startswith("--"):
                 raise UserError(f"{name} needs a value: {describe(field.kind)}.")
             text = words.pop(0)
         values[field.name] = convert(field.kind, text, name)

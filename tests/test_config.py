@@ -169,6 +169,9 @@ def test_a_command_reads_places_lists_and_defaults():
 
     assert tool("rows.jsonl") == _Tool("rows.jsonl")
     assert tool("--weights", "1,0.5", "rows.jsonl", "--loss-type=a,b") == _Tool("rows.jsonl", (1.0, 0.5), ("a", "b"))
+    assert tool("--weights", "-1", "-").weights == (-1.0,)
+    with pytest.raises(UserError, match="unknown flag -m."):
+        tool("rows.jsonl", "-m", "3")
     with pytest.raises(UserError, match="tool needs FILE: What to read."):
         tool()
     with pytest.raises(UserError, match="--weights: expected a comma-separated list, each a number, got '1,x'"):

@@ -3,6 +3,7 @@
 
 import ast
 import re
+import sys
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,15 +21,17 @@ LAYERS = [
     {"errors", "blas", "batch", "flags"},
     {"kernels"},
     {"config", "losses", "advantages", "directions", "adapter"},
-    {"loading", "head", "forward", "policy", "rollout", "verifiers", "data"},
+    {"loading", "workers", "head", "forward", "policy", "rollout", "verifiers", "data"},
     {"methods", "steering", "ablation"},
 ]
-MLX_LM_USERS = {"policy", "loading", "forward", "rollout", "adapter", "data", "generate"}
+MLX_LM_USERS = {"policy", "loading", "forward", "rollout", "adapter", "data", "generate", "kernels"}
 
 
 def module_of(path: Path) -> str:
     """`mlx_realign/data/formats.py` -> data, `kernels/exp.py` -> kernels, `mlx_realign/train.py` -> train."""
     parts = path.relative_to(ROOT).with_suffix("").parts
+    if parts[-1] == "__main__":
+        return parts[-1]  # a command, wherever it lies
     return "kernels" if parts[0] == "kernels" else room(parts[1])
 
 
@@ -80,7 +83,7 @@ def test_imports_point_down_only(path: Path):
 @pytest.mark.parametrize("path", PACKAGE_FILES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_few_files_know_mlx_lm(path: Path):
     here = module_of(path)
-    if here in MLX_LM_USERS:
+    if here in MLX_LM_USERS or path.parent.name in MLX_LM_USERS:
         return
     users = [f"line {line}: {name}" for line, name in imports(path) if name.split(".")[0] == "mlx_lm"]
     assert not users, f"{path} must reach mlx_lm through {sorted(MLX_LM_USERS)}: {users}"
@@ -106,10 +109,20 @@ def test_every_package_folder_is_installed():
     assert set(settings["packages"]) == wanted
 
 
-def test_the_installed_kernels_are_the_folder_kernels():
+def test_the_folder_kernels_is_imported_under_the_package_name():
     import mlx_realign.kernels as kernels
 
-    assert Path(kernels.__file__ or "").parent == ROOT / "kernels"
+    assert Path(kernels.__file__ or "").resolve().parent == ROOT / "kernels"
+
+
+@pytest.mark.parametrize("path", PACKAGE_FILES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_what_is_imported_is_a_declared_dependency(path: Path):
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    listed = [*project["dependencies"], *project["optional-dependencies"]["hub"]]
+    declared = {re.split(r"[^\w-]", line)[0].replace("-", "_") for line in listed}
+    for line, name in imports(path):
+        top = name.split(".")[0]
+        assert top in declared | {"mlx_realign"} | sys.stdlib_module_names, f"{path}:{line}: {top} is no dependency"
 
 
 def test_version_is_a_literal_that_the_build_can_read():
