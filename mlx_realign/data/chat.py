@@ -17,7 +17,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ..batch import Completion
-from .formats import Message, Row, RowError, as_messages, is_trained
+from .formats import Row, as_messages
+from .messages import Message, RowError, is_trained
 from .tokens import Encoded, Words, common_prefix, shared_text
 
 

@@ -11,7 +11,8 @@ import numpy as np
 from ..batch import Completion, Example
 from ..errors import UserError
 from .chat import Pieces, encode_chats, split
-from .formats import Message, Row, RowError, is_conversation, is_trained
+from .formats import Row, is_conversation
+from .messages import Message, RowError, is_trained
 from .tokens import Words, common_prefix, open_text, raw_messages
 
 
@@ -37,6 +38,8 @@ class Encoder:
 
     def encode(self, rows: Sequence[tuple[int, Row]]) -> list[Outcome]:
         """Tokenise (line, row) pairs, in order. UserError where the whole file cannot be used with this tokenizer."""
+        for _, row in rows:
+            self.counts.update(row.skipped)
         chats = [i for i, (_, row) in enumerate(rows) if self.templated and not row.text]
         found: dict[int, Pieces | RowError] = dict(
             zip(chats, encode_chats([rows[i][1] for i in chats], self.words, self.counts), strict=True)
@@ -113,6 +116,9 @@ class Encoder:
             pieces = cut
         if any(not c.mask.any() for c in pieces.completions):
             return RowError("no token of the completion is trained")
+        chosen, *others = pieces.completions
+        if any(np.array_equal(chosen.tokens, c.tokens) for c in others):
+            return RowError("chosen and rejected become the same tokens")
         return Example(pieces.prompt, pieces.completions, line, _key(pieces), row.extras)
 
     def _cut(self, pieces: Pieces, text: bool) -> Pieces | None:
@@ -139,7 +145,9 @@ class Encoder:
         return Pieces(first, (Completion(ids[lost:], mask[lost:]),))
 
     def _tail(self, prompt: np.ndarray, kept: int) -> np.ndarray:
-        if kept >= 2 and kept < len(prompt) and prompt[0] == self.words.bos_id:
+        """The last `kept` tokens; a BOS (a token that stands first and nowhere else) stays in front."""
+        opens = prompt[0] == self.words.bos_id and (prompt == prompt[0]).sum() == 1
+        if opens and 2 <= kept < len(prompt):
             return np.concatenate([prompt[:1], prompt[len(prompt) - kept + 1 :]])
         return prompt[-kept:]
 

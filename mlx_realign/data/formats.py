@@ -7,24 +7,21 @@ the field, what was found and what was expected; the caller adds the file and th
 
 import difflib
 import json
-import math
-import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
-Message = dict[str, Any]
-Content = str | list[Message]
-
-ROLES = ("system", "developer", "user", "assistant", "tool", "function")
-SHAREGPT_ROLES = {
-    "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "chatgpt": "assistant",
-    "bing": "assistant", "bard": "assistant", "model": "assistant", "system": "system", "tool": "tool",
-    "observation": "tool", "function": "tool",
-}  # fmt: skip
-
-
-class RowError(ValueError):
-    """Why one row cannot be used. The caller says where it stands."""
+from .messages import (
+    SHAREGPT_ROLES,
+    Content,
+    Message,
+    RowError,
+    check_messages,
+    check_number,
+    check_text,
+    kind_of,
+    read_transcript,
+    up_to_trained,
+)
 
 
 class Row(NamedTuple):
@@ -36,15 +33,17 @@ class Row(NamedTuple):
     text: bool = False  # plain text: never templated, trained from its first token on
     options: dict[str, Any] = {}  # what the template is given: tools, chat_template_kwargs
     extras: dict[str, Any] = {}  # numbers that a method may use
+    metadata: dict[str, Any] = {}  # what the row says of itself
+    skipped: dict[str, int] = {}  # what of a conversation is not trained on, by reason
 
 
 def parse(row: Any, format: str) -> Row:
     """Read one JSON row as `format` ("sft", "pairs", "unpaired"); RowError says what is wrong with it."""
     if not isinstance(row, dict):
-        raise RowError(f"a row must be a JSON object, found {_kind(row)}")
+        raise RowError(f"a row must be a JSON object, found {kind_of(row)}")
     for keys, read in FORMATS[format]:
         if all(key in row for key in keys):
-            return read(row)._replace(options=_options(row))
+            return read(row)._replace(options=_options(row), metadata=_metadata(row))
     raise RowError(_wrong_keys(row, format))
 
 
@@ -65,13 +64,14 @@ def is_conversation(row: Row) -> bool:
 
 
 def _read_messages(row: dict) -> Row:
-    return _conversation(_messages(row["messages"], "messages"), "messages")
+    messages = check_messages(row["messages"], "messages")
+    return _conversation(messages, "messages", _system(row, messages))
 
 
 def _read_sharegpt(row: dict) -> Row:
     turns = row["conversations"]
     if not isinstance(turns, list):
-        raise RowError(f"'conversations' must be a list of turns, found {_kind(turns)}")
+        raise RowError(f"'conversations' must be a list of turns, found {kind_of(turns)}")
     messages = []
     for i, turn in enumerate(turns):
         if isinstance(turn, dict) and "from" in turn and "value" in turn:
@@ -83,17 +83,18 @@ def _read_sharegpt(row: dict) -> Row:
             messages.append({"role": role, "content": turn["value"], **rest})
         else:
             messages.append(turn)
-    return _conversation(_messages(messages, "conversations"), "conversations", _system(row))
+    messages = check_messages(messages, "conversations")
+    return _conversation(messages, "conversations", _system(row, messages))
 
 
 def _read_instruction(row: dict, prompt_key: str = "instruction", output_keys: Sequence[str] = ("output", "response")):
     output_key = next(key for key in output_keys if key in row)
-    prompt = _text(row[prompt_key], prompt_key)
+    prompt = check_text(row[prompt_key], prompt_key)
     if row.get("input") is not None and not isinstance(row["input"], str):
-        raise RowError(f"'input' must be a string, found {_kind(row['input'])}")
+        raise RowError(f"'input' must be a string, found {kind_of(row['input'])}")
     if row.get("input"):
         prompt = f"{prompt}\n\n{row['input']}"
-    return Row(prompt, (_text(row[output_key], output_key),), _system(row))
+    return Row(prompt, (check_text(row[output_key], output_key),), _system(row))
 
 
 def _read_completion(row: dict) -> Row:
@@ -103,14 +104,17 @@ def _read_completion(row: dict) -> Row:
 
 
 def _read_text(row: dict) -> Row:
-    return Row("", (_text(row["text"], "text"),), text=True)
+    return Row("", (check_text(row["text"], "text"),), text=True)
 
 
 def _read_pair(row: dict) -> Row:
     rejected = _rejected(row)
     prompt, chosen = row["prompt"], row["chosen"]
     if _repeats_prompt(prompt, [chosen, *rejected]):  # the prompt again as the first messages of each completion
-        return _read_full_pair(row)
+        whole = _read_full_pair(row)
+        if prompt != whole.prompt and all(prompt != message.get("content") for message in whole.prompt):
+            raise RowError("'prompt' is not what the conversations in chosen and rejected begin with")
+        return whole
     prompt = _prompt(prompt)
     names = ["chosen", *_rejected_names(row)]
     completions = tuple(_completion(c, name) for c, name in zip([chosen, *rejected], names, strict=True))
@@ -123,7 +127,7 @@ def _read_full_pair(row: dict) -> Row:
     names = ["chosen", *_rejected_names(row)]
     talks = []
     for value, name in zip([row["chosen"], *_rejected(row)], names, strict=True):
-        talks.append(_messages(_transcript(value, name) if isinstance(value, str) else value, name))
+        talks.append(check_messages(read_transcript(value, name) if isinstance(value, str) else value, name))
     _differ(talks, names)
     shared = 0
     while all(len(talk) > shared and talk[shared] == talks[0][shared] for talk in talks):
@@ -134,14 +138,15 @@ def _read_full_pair(row: dict) -> Row:
             "chosen and rejected are whole conversations that share no prompt: their first messages must be the same "
             "and end before an assistant message"
         )
-    completions = tuple(_trained(talk[starts[-1] :], name) for talk, name in zip(talks, names, strict=True))
+    completions = tuple(_completion(talk[starts[-1] :], name) for talk, name in zip(talks, names, strict=True))
+    _differ(completions, names)
     prompt = talks[0][: starts[-1]]
     return Row(prompt, completions, _system(row, prompt), extras=_pair_extras(row, len(talks) - 1))
 
 
 def _read_unpaired(row: dict) -> Row:
     if not isinstance(row["label"], bool):
-        raise RowError(f"'label' must be true or false, found {_kind(row['label'])}")
+        raise RowError(f"'label' must be true or false, found {kind_of(row['label'])}")
     return _read_completion(row)._replace(extras={"label": row["label"]})
 
 
@@ -176,57 +181,21 @@ def _conversation(messages: list[Message], name: str, system: str | None = None)
     turns = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
     if not turns:
         raise RowError(f"'{name}' has no assistant message: there is nothing to train on")
-    if turns[0] == 0 and system is None:
-        turns = turns[1:]
-    if not turns:
+    opening = turns[0] == 0 and system is None
+    if opening and len(turns) == 1:
         raise RowError(f"'{name}' begins with its only assistant message: there is no prompt before it")
-    return Row(messages[: turns[0]], (_trained(messages[turns[0] :], name),), system)
-
-
-def _messages(value: Any, name: str) -> list[Message]:
-    if not isinstance(value, list):
-        raise RowError(f"'{name}' must be a list of messages, found {_kind(value)}")
-    if not value:
-        raise RowError(f"'{name}' has no messages")
-    return [_message(message, f"{name}[{i}]") for i, message in enumerate(value)]
-
-
-def _message(message: Any, name: str) -> Message:
-    if not isinstance(message, dict) or "role" not in message:
-        raise RowError(f"'{name}' must be an object with role and content, found {_kind(message)}")
-    if message["role"] not in ROLES:
-        raise RowError(f"'{name}.role' is {message['role']!r}, expected one of {', '.join(ROLES)}")
-    content = message.get("content")
-    if isinstance(content, list):
-        content = _parts(content, name)
-        message = {**message, "content": content}
-    if isinstance(content, str):
-        empty = not content.strip()
-    elif content is None:
-        empty = True
-    else:
-        raise RowError(f"'{name}.content' must be a string, found {_kind(content)}")
-    if empty and message["role"] == "assistant" and not message.get("tool_calls"):
-        raise RowError(f"'{name}.content' is empty: an assistant message must say something")
-    if empty and content is None and message["role"] != "assistant":
-        raise RowError(f"'{name}.content' is missing")
-    return message
-
-
-def _parts(parts: list, name: str) -> str:
-    """Content as typed parts (OpenAI's way): text parts are joined, anything else is refused."""
-    for i, part in enumerate(parts):
-        if not (isinstance(part, dict) and part.get("type", "text") == "text" and isinstance(part.get("text"), str)):
-            raise RowError(f"'{name}.content[{i}]' is not a text part; only text can be trained on")
-    return "".join(part["text"] for part in parts)
+    first = turns[int(opening)]
+    completion = up_to_trained(messages[first:], name)
+    skipped = {"turns_without_prompt": int(opening), "messages_unused": len(messages) - first - len(completion)}
+    return Row(messages[:first], (completion,), system, skipped=skipped)
 
 
 def _prompt(value: Any) -> Content:
     if isinstance(value, str):
-        return _text(value, "prompt")
+        return check_text(value, "prompt")
     if not isinstance(value, list):
-        raise RowError(f"'prompt' must be a string or a list of messages, found {_kind(value)}")
-    messages = _messages(value, "prompt")
+        raise RowError(f"'prompt' must be a string or a list of messages, found {kind_of(value)}")
+    messages = check_messages(value, "prompt")
     if messages[-1]["role"] == "assistant":
         raise RowError("'prompt' ends with an assistant message; move that message into the completion")
     return messages
@@ -234,34 +203,15 @@ def _prompt(value: Any) -> Content:
 
 def _completion(value: Any, name: str) -> Content:
     if isinstance(value, str):
-        return _text(value, name)
+        return check_text(value, name)
     if not isinstance(value, list):
-        raise RowError(f"'{name}' must be a string or a list of messages, found {_kind(value)}")
-    messages = _messages(value, name)
+        raise RowError(f"'{name}' must be a string or a list of messages, found {kind_of(value)}")
+    messages = check_messages(value, name)
     if messages[0]["role"] != "assistant":
         raise RowError(f"'{name}[0].role' is {messages[0]['role']!r}: a completion must begin with the assistant")
-    return _trained(messages, name)
-
-
-def _trained(messages: list[Message], name: str) -> list[Message]:
-    """The messages up to the last assistant turn that is trained (a turn with `"weight": 0` is not)."""
-    last = max((i for i, m in enumerate(messages) if is_trained(m)), default=None)
-    if last is None:
-        raise RowError(f"'{name}' has no assistant message with a weight above 0: there is nothing to train on")
-    return messages[: last + 1]
-
-
-def is_trained(message: Message) -> bool:
-    """Whether a message is the assistant's and not switched off by `"weight": 0`."""
-    return message["role"] == "assistant" and message.get("weight") != 0
-
-
-def _text(value: Any, name: str) -> str:
-    if not isinstance(value, str):
-        raise RowError(f"'{name}' must be a string, found {_kind(value)}")
-    if not value.strip():
-        raise RowError(f"'{name}' is empty")
-    return value
+    if messages[-1]["role"] != "assistant":
+        raise RowError(f"'{name}' ends with a {messages[-1]['role']!r} message: it must end with the assistant")
+    return up_to_trained(messages, name)
 
 
 def _system(row: dict, prompt: Content = "") -> str | None:
@@ -269,7 +219,7 @@ def _system(row: dict, prompt: Content = "") -> str | None:
     if system is None or system == "":
         return None
     if not isinstance(system, str):
-        raise RowError(f"'system' must be a string, found {_kind(system)}")
+        raise RowError(f"'system' must be a string, found {kind_of(system)}")
     if isinstance(prompt, list) and prompt[0]["role"] == "system":
         raise RowError("both 'system' and a system message in 'prompt' are given; keep one")
     return system
@@ -295,23 +245,10 @@ def _repeats_prompt(prompt: Any, completions: list) -> bool:
 
 
 def _differ(completions: Iterable[Any], names: list[str]) -> None:
-    chosen, *rejected = completions
+    chosen, *rejected = ([{"role": "assistant", "content": c}] if isinstance(c, str) else c for c in completions)
     for value, name in zip(rejected, names[1:], strict=True):
         if value == chosen:
             raise RowError(f"chosen and {name} are the same: the pair says nothing")
-
-
-def _transcript(text: str, name: str) -> list[Message]:
-    """A conversation written as text, "\\n\\nHuman: ... \\n\\nAssistant: ..." (the hh-rlhf way)."""
-    parts = re.split(r"(?:^|\n\n)(Human|Assistant):", text)
-    if len(parts) < 5 or parts[0].strip():
-        raise RowError(
-            f"there is no 'prompt', and '{name}' is a string that is not a 'Human: ... Assistant: ...' transcript; "
-            "add 'prompt', or give chosen and rejected as lists of messages"
-        )
-    roles = {"Human": "user", "Assistant": "assistant"}
-    pairs = zip(parts[1::2], parts[2::2], strict=True)
-    return [{"role": roles[who], "content": said.strip()} for who, said in pairs]
 
 
 def _pair_extras(row: dict, rejected: int) -> dict[str, Any]:
@@ -324,16 +261,10 @@ def _pair_extras(row: dict, rejected: int) -> dict[str, Any]:
         if len(others) != rejected:
             raise RowError(f"'rejected_score' has {len(others)} numbers for {rejected} rejected completions")
         names = ["chosen_score", *["rejected_score"] * rejected]
-        extras["scores"] = [_number(value, name) for value, name in zip([chosen, *others], names, strict=True)]
+        extras["scores"] = [check_number(value, name) for value, name in zip([chosen, *others], names, strict=True)]
     if row.get("margin") is not None:
-        extras["margin"] = _number(row["margin"], "margin")
+        extras["margin"] = check_number(row["margin"], "margin")
     return extras
-
-
-def _number(value: Any, name: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise RowError(f"'{name}' must be a finite number, found {_kind(value)}")
-    return float(value)
 
 
 def _options(row: dict) -> dict[str, Any]:
@@ -347,8 +278,18 @@ def _options(row: dict) -> dict[str, Any]:
             raise RowError("'tools' is a string that is not JSON") from None
     kwargs = row.get("chat_template_kwargs")
     if kwargs is not None and not isinstance(kwargs, dict):
-        raise RowError(f"'chat_template_kwargs' must be an object, found {_kind(kwargs)}")
+        raise RowError(f"'chat_template_kwargs' must be an object, found {kind_of(kwargs)}")
     return {**options, **(kwargs or {})}
+
+
+def _metadata(row: dict) -> dict[str, Any]:
+    metadata = row.get("metadata")
+    if not isinstance(metadata, dict):
+        return {}
+    score = metadata.get("quality_score", 0)
+    if isinstance(score, bool) or not isinstance(score, int | float) or not 0 <= score <= 1:
+        raise RowError(f"'metadata.quality_score' must be a number from 0 to 1, found {score!r}")
+    return metadata
 
 
 def accepted(format: str) -> str:
@@ -366,10 +307,3 @@ def _wrong_keys(row: dict, format: str) -> str:
     if hints:
         return f"{message}; did you mean {', '.join(hints)}?"
     return f"{message}; this row is {' or '.join(others)} data" if others else message
-
-
-def _kind(value: Any) -> str:
-    names = {type(None): "null", bool: "a boolean", int: "a number", float: "a number", str: "a string",
-             list: "a list", dict: "an object"}  # fmt: skip
-    kind = names.get(type(value), type(value).__name__)
-    return f"{kind} ({value})" if isinstance(value, bool | int | float) else kind

@@ -22,9 +22,9 @@ def fetch(name: str, split: str) -> Path:
         if isinstance(cached, str):
             return Path(cached)
     try:
-        files = set(HfApi().list_repo_files(repo, repo_type="dataset"))
+        there = {file.rfilename for file in HfApi().dataset_info(repo, timeout=10).siblings or []}
         for file in [] if config else names:
-            if file in files:
+            if file in there:
                 return Path(hf_hub_download(repo, file, repo_type="dataset"))
     except Exception as error:  # offline, no such dataset, gated: one message for all
         raise UserError(

@@ -14,7 +14,8 @@ from ..errors import UserError
 from . import source as sources
 from . import store
 from .encode import Encoder, TooLong
-from .formats import FORMATS, Row, RowError, accepted, parse
+from .formats import FORMATS, Row, accepted, parse
+from .messages import RowError
 
 VERSION = 1  # raise it when the same rows become other tokens
 _CHUNK_ROWS, _CHUNK_CHARS = 1000, 4_000_000  # what one call of the tokenizer gets; a larger row goes alone
@@ -51,28 +52,32 @@ def _build(
     problems = Problems(name, format, settings)
     with store.Writer(fingerprint) as writer:
         for chunk in chunks(source, format, problems):
-            if problems.fatal:
-                continue  # only look for what else is wrong
-            good = []
-            try:
-                outcomes = encoder.encode(chunk)
-            except UserError as error:
-                raise UserError(f"{name}: {error}") from None
-            for (line, _), outcome in zip(chunk, outcomes, strict=True):
-                if isinstance(outcome, Example):
-                    good.append(outcome)
-                else:
-                    problems.add(line, outcome)
-            writer.add(good)
+            if not problems.fatal:  # else only look for what else is wrong
+                writer.add(examples(chunk, encoder, problems))
         problems.check(writer.rows)
         return writer.finish(_report(writer, encoder, problems))
 
 
-class Problems:
-    """Rows that cannot be used: all counted, the first ones kept in full."""
+def examples(chunk: list[tuple[int, Row]], encoder: Encoder, problems: "Problems") -> list[Example]:
+    """Tokenise a chunk; rows that turn out bad or too long go to `problems`."""
+    try:
+        outcomes = encoder.encode(chunk)
+    except UserError as error:
+        raise UserError(f"{problems.name}: {error}") from None
+    good = []
+    for (line, _), outcome in zip(chunk, outcomes, strict=True):
+        if isinstance(outcome, Example):
+            good.append(outcome)
+        else:
+            problems.add(line, outcome)
+    return good
 
-    def __init__(self, name: str, format: str, settings: TrainSettings):
-        self.name, self.format, self.settings = name, format, settings
+
+class Problems:
+    """Rows that cannot be used: all counted, the first `shown` (None: all) kept in full."""
+
+    def __init__(self, name: str, format: str, settings: TrainSettings, shown: int | None = _SHOWN):
+        self.name, self.format, self.settings, self.shown = name, format, settings, shown
         self.read = 0
         self.bad: list[tuple[int, str]] = []
         self.too_long: list[tuple[int, TooLong]] = []
@@ -88,9 +93,9 @@ class Problems:
         kind = "too_long" if isinstance(problem, TooLong) else "bad"
         self.counts[kind] += 1
         if isinstance(problem, TooLong):
-            if len(self.too_long) < _SHOWN:
+            if self.shown is None or len(self.too_long) < self.shown:
                 self.too_long.append((line, problem))
-        elif len(self.bad) < _SHOWN:
+        elif self.shown is None or len(self.bad) < self.shown:
             self.bad.append((line, str(problem)))
 
     def check(self, kept: int) -> None:
@@ -162,6 +167,9 @@ def _fingerprint(source: Path | sources.Rows, encoder: Encoder, format: str, set
 
 def _report(writer: store.Writer, encoder: Encoder, problems: Problems) -> dict[str, Any]:
     counts = encoder.counts
+    bad, long = problems.counts["bad"], problems.counts["too_long"]
+    dropped = [f"{bad} bad rows were left out"] if bad else []
+    dropped += [f"{long} rows longer than --max-length {problems.settings.max_length} were left out"] if long else []
     return {
         "rows": writer.rows,
         "rows_read": problems.read,
@@ -169,45 +177,40 @@ def _report(writer: store.Writer, encoder: Encoder, problems: Problems) -> dict[
         "tokens": writer.tokens,
         "prompt_tokens": writer.prompt_tokens,
         "trained_tokens": writer.trained,
-        "dropped": {key: problems.counts[key] for key in ("bad", "too_long") if problems.counts[key]},
-        "dropped_lines": [[line, reason] for line, reason in problems.bad]
-        + [[line, f"{long.tokens} tokens"] for line, long in problems.too_long],
+        "dropped": {key: count for key, count in (("bad", bad), ("too_long", long)) if count},
+        "dropped_lines": [  # the first of each kind
+            *([line, reason] for line, reason in problems.bad),
+            *([line, f"{size.tokens} tokens"] for line, size in problems.too_long),
+        ],
         "truncated_rows": counts["truncated_rows"],
         "truncated_tokens": counts["truncated_tokens"],
         "chat_template": encoder.templated,
         "counts": {key: int(value) for key, value in sorted(counts.items()) if value},
-        "notes": notes(counts, problems, encoder),
+        "notes": [*dropped, *notes(encoder, problems.settings.max_length)],
     }
 
 
-def notes(counts: Counter, problems: Problems, encoder: Encoder) -> list[str]:
+_NOTES = {
+    "truncated_rows": "{} rows longer than --max-length {} lost the start of their prompt",
+    "turns_cut": "{} early assistant turns of conversations longer than --max-length are context only, or cut",
+    "turns_rewritten": "{} assistant turns are not trained: the chat template rewrites earlier turns (drops their "
+    "thinking, say). Make each conversation several rows, one per assistant turn, to train them",
+    "turns_unverified": "{} assistant turns are not trained: the chat template does not render them where the model "
+    "would generate them",
+    "turns_with_other_opening": "{} assistant turns begin otherwise than the template's generation prompt ends (an "
+    "opening <think>, say); they are trained from where the two part",
+    "turns_without_prompt": "{} assistant turns open their conversation; with no prompt before them they are not trained",
+    "messages_unused": "{} messages behind the last trained turn of their conversation are not used",
+    "turns_without_end_token": "{} assistant turns have no end token, so their end is not learned",
+    "rows_without_markers": "{} completions have no token between the template's generation markers; their whole "
+    "turns are trained",
+    "seams": "{} completions share a token with the end of their prompt; it belongs to the completion",
+}
+
+
+def notes(encoder: Encoder, max_length: int | None) -> list[str]:
     """What the user should know about how the rows became tokens, one sentence each."""
-    limit = problems.settings.max_length
-    said = {
-        "bad": (problems.counts, "{} bad rows were left out (--skip-bad-rows)"),
-        "too_long": (problems.counts, f"{{}} rows longer than --max-length {limit} were left out"),
-        "truncated_rows": (counts, f"{{}} rows longer than --max-length {limit} lost the start of their prompt"),
-        "turns_cut": (counts, "{} early assistant turns of long conversations are context only, or cut"),
-        "turns_rewritten": (
-            counts,
-            "{} assistant turns are not trained: the chat template rewrites earlier turns (drops their thinking, "
-            "say). Make each conversation several rows, one per assistant turn, to train them",
-        ),
-        "turns_unverified": (
-            counts,
-            "{} assistant turns are not trained: the template does not render them where it would generate them",
-        ),
-        "turns_with_other_opening": (
-            counts,
-            "{} assistant turns begin otherwise than the template's generation prompt ends (an opening <think>, say); "
-            "they are trained from where the two part",
-        ),
-        "turns_without_end_token": (counts, "{} assistant turns have no end token, so their end is not learned"),
-        "rows_without_markers": (counts, "{} completions have no token between the template's generation markers; "
-                                 "their whole turns are trained"),
-        "seams": (counts, "{} completions share a token with the end of their prompt; it belongs to the completion"),
-    }  # fmt: skip
-    lines = [text.format(where[key]) for key, (where, text) in said.items() if where[key]]
-    if problems.settings.chat_template and not encoder.words.has_template:
+    lines = [text.format(encoder.counts[key], max_length) for key, text in _NOTES.items() if encoder.counts[key]]
+    if encoder.refuses_chats:
         lines.append("the tokenizer has no chat template: rows are raw text plus the end token")
     return lines

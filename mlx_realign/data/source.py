@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
-from .formats import RowError
+from .messages import RowError
 
 SPLITS = {
     "train": ("train.jsonl",),
@@ -46,9 +46,10 @@ def resolve(data: str | Path | Rows, split: str = "train") -> Path | Rows:
 
 def has_split(data: str | Path | Rows, split: str) -> bool:
     """Whether a folder of splits has this one (a file or a list has only itself; a hub dataset is not asked)."""
-    return (
-        isinstance(data, str | Path) and Path(data).expanduser().is_dir() and _in_folder(Path(data), split) is not None
-    )
+    if not isinstance(data, str | Path):
+        return False
+    folder = Path(data).expanduser()
+    return folder.is_dir() and _in_folder(folder, split) is not None
 
 
 def read(source: Path | Rows) -> Iterator[tuple[int, Any]]:
@@ -66,7 +67,7 @@ def read(source: Path | Rows) -> Iterator[tuple[int, Any]]:
                         f'[print(json.dumps(r)) for r in json.load(sys.stdin)]" < {source} > rows.jsonl'
                     )
                 if raw.strip():
-                    yield line, _parse(raw)
+                    yield line, _parse(raw.strip())
     except OSError as error:
         raise UserError(f"{source}: cannot be read: {error.strerror or error}") from error
 

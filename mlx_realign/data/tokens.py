@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import UserError
-from .formats import Message, RowError
+from .messages import Message, RowError
 
 _SENTINEL = "qzjxvkw"  # letters that no template contains, in one word that no template trims
 

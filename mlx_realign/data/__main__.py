@@ -1,0 +1,166 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Look at data before it is trained on: `validate` judges every row, `show` prints rows with their trained tokens.
+
+mlx-realign data validate rows.jsonl --method dpo --model tiny-chat --max-length 512
+mlx-realign data show rows.jsonl -n 3 --model tiny-chat
+"""
+
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from .. import cli, flags, loading, methods
+from ..errors import UserError
+from .formats import FORMATS
+from .show import guess_format, show, write
+from .validate import validate
+
+
+@dataclass(frozen=True)
+class ValidateSettings:
+    """What `data validate` can be told."""
+
+    file: str
+    """JSONL file, folder with train/valid/test.jsonl, or hub dataset id."""
+    method: str
+    """The method that shall read it (sft, dpo ...), or a data format (sft, pairs, unpaired)."""
+    model: str | None = None
+    """Model folder or hub id: lengths are then in its tokens, rows are also rendered with its chat template."""
+    max_length: int | None = None
+    """Say how many rows are longer than this many tokens."""
+    chat_template: bool = True
+    """Raw text plus end token instead of the chat template."""
+    split: str = "train"
+    """Which file of a folder: train, valid or test."""
+    json: bool = False
+    """One JSON object on standard output."""
+
+
+@dataclass(frozen=True)
+class ShowSettings:
+    """What `data show` can be told."""
+
+    file: str
+    """JSONL file, folder with train/valid/test.jsonl, or hub dataset id."""
+    model: str
+    """Model folder or hub id whose tokenizer and chat template are used."""
+    rows: int = 3
+    """How many rows; -n is the same."""
+    method: str | None = None
+    """The method that shall read it, or a data format; default: what the first row looks like."""
+    chat_template: bool = True
+    """Raw text plus end token instead of the chat template."""
+    split: str = "train"
+    """Which file of a folder: train, valid or test."""
+    json: bool = False
+    """One JSON object per row on standard output."""
+
+
+def main(argv: list[str]) -> int:
+    """`validate` exits 2 when a row is bad."""
+    verb, rest = (argv[0], argv[1:]) if argv else ("", [])
+    if verb in ("", "-h", "--help"):
+        print(f"usage: mlx-realign data validate|show FILE [flags]\n\n{(__doc__ or '').strip()}")
+        return 0 if verb else 2
+    prog = f"mlx-realign data {verb}"
+    if verb == "validate":
+        doc = "Judge every row of a file; exit code 2 when one is bad."
+        return _validate(flags.parse(ValidateSettings, rest, prog=prog, doc=doc, positional=["file"]))
+    if verb == "show":
+        doc = "Print rows as the model sees them: prompt dim, trained tokens green (in brackets without colours)."
+        words = ["--rows" if word == "-n" else word for word in rest]
+        return _show(flags.parse(ShowSettings, words, prog=prog, doc=doc, positional=["file"]))
+    raise UserError(
+        f"data has no command {verb!r}.{flags.nearest(verb, ('validate', 'show'))} It has validate and show."
+    )
+
+
+def _validate(settings: ValidateSettings) -> int:
+    if settings.max_length is not None and settings.model is None:
+        raise UserError("--max-length counts tokens, so it needs --model")
+    found = validate(
+        settings.file,
+        _format(settings.method),
+        tokenizer=_tokenizer(settings.model) if settings.model else None,
+        max_length=settings.max_length,
+        chat_template=settings.chat_template,
+        split=settings.split,
+    )
+    if settings.json:
+        print(json.dumps({"method": settings.method, **found}))
+    else:
+        _print(found)
+    return 2 if found["bad"] else 0
+
+
+def _show(settings: ShowSettings) -> int:
+    format = _format(settings.method) if settings.method else guess_format(settings.file, settings.split)
+    rows = show(
+        settings.file,
+        format,
+        _tokenizer(settings.model),
+        count=settings.rows,
+        chat_template=settings.chat_template,
+        split=settings.split,
+    )
+    if settings.json:
+        for row in rows:
+            print(json.dumps(row))
+    else:
+        write(rows, Console())
+    return 0
+
+
+def _print(found: dict[str, Any]) -> None:
+    for row in found["bad"]:
+        print(f"line {row['line']}: {row['reason']}")
+    for row in found["warnings"]:
+        print(f"line {row['line']}: warning: {row['reason']}")
+    print(f"{found['file']}: {found['rows']} rows, {len(found['bad'])} bad, {len(found['warnings'])} warnings")
+    lengths = found["lengths"]
+    names = ("prompt", "completion", "total")
+    if found["good"]:
+        print(f"{lengths['unit']:<12}" + "".join(f"{p:>9}" for p in lengths["total"]))
+        for name in names:
+            print(f"  {name:<10}" + "".join(f"{value:>9}" for value in lengths[name].values()))
+    over = found["over_max_length"]
+    if over:
+        print(
+            f"{over['rows']} rows ({over['share']:.1%}) are longer than --max-length {over['max_length']}: training "
+            "stops at them unless --truncate says otherwise"
+            if over["rows"]
+            else f"no row is longer than --max-length {over['max_length']}"
+        )
+        if over["completion_alone"]:
+            print(f"  in {over['completion_alone']} of them the completion alone does not fit")
+    for note in found["notes"]:
+        print(f"note: {note}")
+
+
+def _format(method: str) -> str:
+    return method if method in FORMATS else methods.find(method).FORMAT
+
+
+def _tokenizer(name: str) -> Any:
+    """The tokenizer of a model folder (weights are not asked for) or hub id."""
+    from mlx_lm.utils import load_tokenizer
+
+    folder = Path(name).expanduser()
+    if name == loading.EMBEDDED or not folder.exists():
+        folder = loading.find_model(name)
+    try:
+        config = folder / "config.json"
+        ends = json.loads(config.read_text()).get("eos_token_id") if config.is_file() else None
+        return load_tokenizer(folder, eos_token_ids=ends)
+    except Exception as error:  # whatever a broken folder makes the readers raise, the user gets one line
+        raise UserError(
+            f"--model {name}: its tokenizer cannot be read: {str(error).strip().splitlines()[0]}"
+        ) from error
+
+
+if __name__ == "__main__":
+    sys.exit(cli.run(main))

@@ -1,0 +1,105 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Checked pieces of a row: strings, numbers, messages. What is wrong is a RowError that names the field."""
+
+import math
+import re
+from typing import Any
+
+Message = dict[str, Any]
+Content = str | list[Message]
+
+ROLES = ("system", "developer", "user", "assistant", "tool", "function")
+SHAREGPT_ROLES = {
+    "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "chatgpt": "assistant",
+    "bing": "assistant", "bard": "assistant", "model": "assistant", "system": "system", "tool": "tool",
+    "observation": "tool", "function": "tool",
+}  # fmt: skip
+
+
+class RowError(ValueError):
+    """Why one row cannot be used. The caller says where it stands."""
+
+
+def check_messages(value: Any, name: str) -> list[Message]:
+    if not isinstance(value, list):
+        raise RowError(f"'{name}' must be a list of messages, found {kind_of(value)}")
+    if not value:
+        raise RowError(f"'{name}' has no messages")
+    return [_message(message, f"{name}[{i}]") for i, message in enumerate(value)]
+
+
+def _message(message: Any, name: str) -> Message:
+    if not isinstance(message, dict) or "role" not in message:
+        raise RowError(f"'{name}' must be an object with role and content, found {kind_of(message)}")
+    if message["role"] not in ROLES:
+        raise RowError(f"'{name}.role' is {message['role']!r}, expected one of {', '.join(ROLES)}")
+    content = message.get("content")
+    if isinstance(content, list):
+        content = _parts(content, name)
+        message = {**message, "content": content}
+    if isinstance(content, str):
+        empty = not content.strip()
+    elif content is None:
+        empty = True
+    else:
+        raise RowError(f"'{name}.content' must be a string, found {kind_of(content)}")
+    if empty and message["role"] == "assistant" and not message.get("tool_calls"):
+        raise RowError(f"'{name}.content' is empty: an assistant message must say something")
+    if empty and content is None and message["role"] != "assistant":
+        raise RowError(f"'{name}.content' is missing")
+    return message
+
+
+def _parts(parts: list, name: str) -> str:
+    """Content as typed parts (OpenAI's way): text parts are joined, anything else is refused."""
+    for i, part in enumerate(parts):
+        if not (isinstance(part, dict) and part.get("type", "text") == "text" and isinstance(part.get("text"), str)):
+            raise RowError(f"'{name}.content[{i}]' is not a text part; only text can be trained on")
+    return "".join(part["text"] for part in parts)
+
+
+def up_to_trained(messages: list[Message], name: str) -> list[Message]:
+    """The messages up to the last assistant turn that is trained (a turn with `"weight": 0` is not)."""
+    last = max((i for i, m in enumerate(messages) if is_trained(m)), default=None)
+    if last is None:
+        raise RowError(f"'{name}' has no assistant message with a weight above 0: there is nothing to train on")
+    return messages[: last + 1]
+
+
+def is_trained(message: Message) -> bool:
+    """Whether a message is the assistant's and not switched off by `"weight": 0`."""
+    return message["role"] == "assistant" and message.get("weight") != 0
+
+
+def check_text(value: Any, name: str) -> str:
+    if not isinstance(value, str):
+        raise RowError(f"'{name}' must be a string, found {kind_of(value)}")
+    if not value.strip():
+        raise RowError(f"'{name}' is empty")
+    return value
+
+
+def read_transcript(text: str, name: str) -> list[Message]:
+    """A conversation written as text, "\\n\\nHuman: ... \\n\\nAssistant: ..." (the hh-rlhf way)."""
+    parts = re.split(r"(?:^|\n\n)(Human|Assistant):", text)
+    if len(parts) < 5 or parts[0].strip():
+        raise RowError(
+            f"there is no 'prompt', and '{name}' is a string that is not a 'Human: ... Assistant: ...' transcript; "
+            "add 'prompt', or give chosen and rejected as lists of messages"
+        )
+    roles = {"Human": "user", "Assistant": "assistant"}
+    pairs = zip(parts[1::2], parts[2::2], strict=True)
+    return [{"role": roles[who], "content": said.strip()} for who, said in pairs]
+
+
+def check_number(value: Any, name: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise RowError(f"'{name}' must be a finite number, found {kind_of(value)}")
+    return float(value)
+
+
+def kind_of(value: Any) -> str:
+    names = {type(None): "null", bool: "a boolean", int: "a number", float: "a number", str: "a string",
+             list: "a list", dict: "an object"}  # fmt: skip
+    kind = names.get(type(value), type(value).__name__)
+    return f"{kind} ({value})" if isinstance(value, bool | int | float) else kind
