@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""generate: what is streamed is what plain decoding gives, later turns reuse the cache exactly, flags do as they say."""
+"""generate: what streams is what plain decoding gives, later turns reuse the cache exactly, flags do as they say."""
 
 import json
 from pathlib import Path
