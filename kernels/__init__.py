@@ -17,7 +17,7 @@ TOLERANCE = 1e-5  # relative to the largest entry, values and gradients, float32
 
 
 def install(model: Any) -> list[str]:
-    """Use the fused kernels in the modules this model is made of, where they run and prove right; says where they do not.
+    """Use the fused kernels in the modules this model is made of, where they prove right; says where they do not.
 
     They are exchanged by name in mlx-lm's model modules, for the whole process: same results, less time.
     """

@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Scaled dot-product attention for CPUs: a fast exp, query heads that share keys in one matmul, a short backward pass."""
+"""Scaled dot-product attention for CPUs: fast exp, query heads that share keys in one matmul, short backward pass."""
 
 from typing import Any
 
 import mlx.core as mx
 
-from .exp import available, fused as fast_exp
+from .exp import available
+from .exp import fused as fast_exp
 
 __all__ = ["available", "fused", "reference"]
 
@@ -14,7 +15,7 @@ MASKED = -1e30  # added to scores; finite, so that a row without keys stays fini
 
 
 def reference(q: mx.array, k: mx.array, v: mx.array, *, scale: float, mask: Mask = None, sinks: Any = None) -> mx.array:
-    """softmax(scale q k^T + mask) v. q [B, H, L, D], k and v [B, Hkv, S, D], mask bool (True = may look) or additive."""
+    """softmax(scale q k^T + mask) v. q [B, H, L, D], k and v [B, Hkv, S, D], mask bool (True = look) or additive."""
     return mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask=mask, sinks=sinks)
 
 

@@ -41,5 +41,5 @@ def fused(x: mx.array, *, negative: bool = False) -> mx.array:
 
 
 def exp(x: mx.array, *, negative: bool = False) -> mx.array:
-    """exp(x), by the faster way on this device (there clipped to [-44, 44]); for softmax and sigmoid with own gradients."""
+    """exp(x) by the faster way here (on a CPU clipped to [-44, 44]); for softmax and sigmoid with own gradients."""
     return fused(x, negative=negative) if available() and x.dtype == mx.float32 else reference(x)

@@ -4,7 +4,8 @@
 import mlx.core as mx
 import mlx.nn as nn
 
-from .exp import available, fused as fast_exp
+from .exp import available
+from .exp import fused as fast_exp
 
 __all__ = ["available", "fused", "reference"]
 
@@ -21,7 +22,9 @@ def _float32(gate: mx.array, x: mx.array) -> list[mx.array]:
 
 
 @_float32.vjp
-def _gradient(primals: list[mx.array], cotangents: list[mx.array], outputs: list[mx.array]) -> tuple[mx.array, mx.array]:
+def _gradient(
+    primals: list[mx.array], cotangents: list[mx.array], outputs: list[mx.array]
+) -> tuple[mx.array, mx.array]:
     (gate, x), dy, s = primals, cotangents[0], outputs[1]
     silu = gate * s
     return dy * x * (s + silu - silu * s), dy * silu

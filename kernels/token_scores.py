@@ -47,7 +47,7 @@ def reference(head: Head, hidden: mx.array, tokens: mx.array) -> Rows:
 
 
 def fused(head: Head, hidden: mx.array, tokens: mx.array, *, chunk: int) -> Rows:
-    """Chunks of `chunk` rows, one after another. hidden [N, D] any float dtype, tokens int32 [N] -> float32 [N] each."""
+    """Chunks of `chunk` rows, one after another. hidden [N, D] of any float dtype, tokens int32 [N] -> float32 [N]."""
     if not tokens.size:
         return Rows(*(mx.zeros((0,)) for _ in range(3)))
     parts: list[Rows] = []
@@ -95,7 +95,9 @@ def _frozen(head: Head, hidden: mx.array, tokens: mx.array) -> Rows:
 
 
 def _recomputed(head: Head, module: nn.Module, hidden: mx.array, tokens: mx.array) -> Rows:
-    def run(parameters: dict[str, Any], h: mx.array) -> list[mx.array]:  # parameters as arguments, or they get no gradient
+    def run(
+        parameters: dict[str, Any], h: mx.array
+    ) -> list[mx.array]:  # parameters as arguments, or they get no gradient
         kept = module.trainable_parameters()
         module.update(parameters)
         rows = reference(head, h, tokens)

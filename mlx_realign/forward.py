@@ -83,7 +83,7 @@ def shared(model: nn.Module, hidden: Hidden, batch: Batch) -> mx.array:
 
 
 def plain(model: nn.Module, hidden: Hidden, batch: Batch) -> mx.array:
-    """Hidden states [R, Lc, D] with each row computed alone: prompt and completion side by side, padded on the right."""
+    """Hidden states [R, Lc, D] with each row computed alone: prompt and completion in a row, padded on the right."""
     width, rows = batch.prompt.shape[1], batch.completion.shape[0]
     pad = batch.prompt_pad[batch.row_prompt][:, None]
     length = batch.completion.shape[1]

@@ -99,8 +99,10 @@ def _tapped_head(model: nn.Module, tap: Tap) -> tuple[nn.Module, str]:
 
 
 def _is_candidate(module: nn.Module) -> bool:
-    return hasattr(module, "as_linear") or (hasattr(module, "weight") and hasattr(module, "to_quantized")) or (
-        hasattr(module, "linear") or isinstance(module, nn.QuantizedLinear)
+    return (
+        hasattr(module, "as_linear")
+        or (hasattr(module, "weight") and hasattr(module, "to_quantized"))
+        or (hasattr(module, "linear") or isinstance(module, nn.QuantizedLinear))
     )
 
 

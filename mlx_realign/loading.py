@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From a name to a model in memory: local folder, hub id or the embedded tiny-chat, in the dtype this device is good at."""
+"""From a name to a model in memory: local folder, hub id or the embedded tiny-chat, in a dtype this device is good at."""
 
+from collections.abc import Collection
+from hashlib import sha256
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -83,16 +85,24 @@ def load(
     return Loaded(model, tokenizer, config, folder, notes)
 
 
-def weights_hash(model: nn.Module) -> str:
-    """A fingerprint of the weights from a sample of every tensor: what cached reference log-probs depend on."""
-    from hashlib import sha256
+def weights_hash(model: nn.Module, without: Collection[str] = ()) -> str:
+    """A fingerprint of the weights from a sample of every tensor, but those whose last name is in `without`."""
+    parameters = tree_flatten(model.parameters())
+    return _hash([(path, value) for path, value in parameters if path.rpartition(".")[2] not in without])
 
+
+def frozen_hash(model: nn.Module) -> str:
+    """The same of the weights that are not trained."""
+    trained = {path for path, _ in tree_flatten(model.trainable_parameters())}
+    return _hash([(path, value) for path, value in tree_flatten(model.parameters()) if path not in trained])
+
+
+def _hash(tensors: list[tuple[str, mx.array]]) -> str:
     digest = sha256()
-    for path, value in sorted(tree_flatten(model.parameters())):
-        digest.update(f"{path} {value.shape} {value.dtype}".encode())
+    for path, value in sorted(tensors, key=lambda item: item[0]):
         flat = value.reshape(-1)
         sample = flat[:: max(1, flat.size // 256)].astype(mx.float32)
-        digest.update(np.array(sample).tobytes())
+        digest.update(f"{path} {value.shape} {value.dtype}".encode() + np.array(sample).tobytes())
     return digest.hexdigest()[:16]
 
 

@@ -41,8 +41,8 @@ def dft(logps: mx.array) -> mx.array:
 def sigmoid(pair: Pair, *, beta: float, label_smoothing: float = 0.0) -> mx.array:
     """Direct preference optimization, Rafailov et al. 2023, arXiv:2305.18290, eq. 7 -> float32 [N].
 
-    label_smoothing in [0, 0.5): probability that a label is flipped, the conservative DPO of Mitchell 2023 (cDPO). TRL 1.16
-    accepts that setting for this loss and ignores it.
+    label_smoothing in [0, 0.5): probability that a label is flipped, the conservative DPO of Mitchell 2023 (cDPO).
+    TRL 1.16 accepts that setting for this loss and ignores it.
     """
     margin = beta * ((pair.chosen - pair.ref_chosen) - (pair.rejected - pair.ref_rejected))
     if not label_smoothing:
@@ -56,7 +56,9 @@ def pairs(scores: Scores, batch: Batch) -> Pair:
     extras: `row` int32 [R], 0 for chosen; `ref_logps` float32 [R], zero where the batch has none.
     """
     rows, prompts = batch.mask.shape[0], batch.prompt.shape[0]
-    order = mx.argsort(batch.extras["row"] == 0)  # False first: rejected rows, then the chosen one of each prompt in turn
+    order = mx.argsort(
+        batch.extras["row"] == 0
+    )  # False first: rejected rows, then the chosen one of each prompt in turn
     rejected, chosen = order[: rows - prompts], mx.sort(order[rows - prompts :])
     rejected = mx.sort(rejected)
     chosen = chosen[batch.row_prompt[rejected]]
@@ -83,4 +85,7 @@ def pair_metrics(pair: Pair, *, beta: float) -> Metrics:
 def token_metrics(scores: Scores, mask: mx.array) -> Metrics:
     """Entropy (nats) and share of tokens that were the most likely one, over the tokens of a mask bool [R, Lc]."""
     count = mask.sum().astype(mx.float32)
-    return {"entropy": ((scores.entropy * mask).sum(), count), "mean_token_accuracy": ((scores.correct * mask).sum(), count)}
+    return {
+        "entropy": ((scores.entropy * mask).sum(), count),
+        "mean_token_accuracy": ((scores.correct * mask).sum(), count),
+    }

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_map
 
 from . import adapter, forward, loading
@@ -34,6 +33,7 @@ class Policy:
         self.name = name
         self.sharing = forward.shareable(self.model) is None
         self.workers = Workers(cores() if loading.on_cpu() else 1)
+        self.whole_logits = self.compiled = False
         self.start: dict[str, mx.array] = {}
         self.model.freeze()
         self.notes += install(self.model)
@@ -103,10 +103,14 @@ class Policy:
         self.body = Body(self.model)
 
     def mark_start(self) -> None:
-        """What the policy is now becomes what `reference("init")` answers with. Adapter tensors only: no second copy."""
+        """What the policy is now becomes what `reference("init")` answers with; only adapter tensors are kept."""
         self.start = adapter.state(self.model)
 
     # ------------------------------------------------------------------ forward
+
+    def whole_gradients(self, batch: Batch, loss: Loss) -> tuple[LossOutput, dict[str, Any]]:
+        """As `gradients`, in one piece and not evaluated: what checks compare with."""
+        return self._gradients(batch, loss)
 
     def scores(self, batch: Batch) -> Scores:
         """Log-probs, entropy and top-1 hits of every trained completion token: float32 [R, Lc], 0 where masked."""
@@ -117,10 +121,14 @@ class Policy:
         picked = hidden.reshape(-1, size)[batch.positions]
         targets = batch.completion.reshape(-1)[batch.positions]
         chunk = max(16, LOGITS_CHUNK_BYTES // (4 * self.vocabulary))
-        found = token_scores.fused(head, picked, targets, chunk=chunk)
+        if self.whole_logits:
+            found = token_scores.reference(head, picked, targets)
+        else:
+            found = token_scores.fused(head, picked, targets, chunk=chunk)
         trained = batch.mask.reshape(-1)[batch.positions]
-        place = lambda x: mx.zeros((rows * width,)).at[batch.positions].add(mx.where(trained, x, 0)).reshape(rows, width)  # noqa: E731
-        return Scores(*map(place, found))
+        empty = mx.zeros((rows * width,))
+        placed = (empty.at[batch.positions].add(mx.where(trained, x, 0)).reshape(rows, width) for x in found)
+        return Scores(*placed)
 
     @property
     def vocabulary(self) -> int:
@@ -175,7 +183,23 @@ class Policy:
         yield
         adapter.set_enabled(self.model, True)
 
+    @property
+    def starts_at_base(self) -> bool:
+        """Whether the stage began with adapters that change nothing: every B zero, no DoRA magnitudes."""
+        b = [v for k, v in self.start.items() if k.endswith("lora_b")]
+        return not any(k.endswith(".m") for k in self.start) and not any(mx.any(v).item() for v in b)
+
     # ------------------------------------------------------------------ facts
+
+    @property
+    def dtype(self) -> mx.Dtype:
+        """Of the residual stream."""
+        return next(v.dtype for _, v in tree_flatten(self.model.parameters()) if mx.issubdtype(v.dtype, mx.floating))
+
+    def width(self, n: int) -> int:
+        """The next of few widths (a quarter of a power of two apart), so that a compiled step has few shapes."""
+        step = max(16, 1 << max(0, n.bit_length() - 3))
+        return -(-n // step) * step
 
     @property
     def trained(self) -> int:

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """One CPU stream per core: MLX runs everything but matmuls on a single thread of a CPU, so a batch is cut into parts.
 
-MLX binds streams to threads and orders one evaluation as one tape; parts overlap only when each has its own thread. Graphs
-are built under a lock, since building exchanges the model's parameters; evaluation runs outside of it. A GPU gets one
-part and no thread.
+MLX binds streams to threads and orders one evaluation as one tape; parts overlap only when each has its own thread.
+Graphs are built under a lock, since building exchanges the model's parameters; evaluation runs outside of it. A GPU
+gets one part and no thread.
 """
 
 import os
@@ -59,7 +59,9 @@ class Workers:
 
 def split(batch: Batch, parts: int) -> list[Batch]:
     """The batch cut between prompts into at most `parts` of near equal work, each without columns nobody uses."""
-    pad, rows, mask, tokens, prompt = (np.array(x) for x in (batch.prompt_pad, batch.row_prompt, batch.mask, batch.completion, batch.prompt))
+    pad, rows, mask, tokens, prompt = (
+        np.array(x) for x in (batch.prompt_pad, batch.row_prompt, batch.mask, batch.completion, batch.prompt)
+    )
     lengths = np.where(mask.any(1), mask.shape[1] - np.argmax(mask[:, ::-1], 1), 1)
     cost = (prompt.shape[1] - pad) + np.bincount(rows, lengths, minlength=len(prompt))
     part_of = ((np.cumsum(cost) - cost / 2) * parts / cost.sum()).astype(int)
@@ -69,7 +71,14 @@ def split(batch: Batch, parts: int) -> list[Batch]:
         own = np.flatnonzero((rows >= mine[0]) & (rows <= mine[-1]))
         width, skip = int(lengths[own].max()), int(pad[mine].min())
         kept = mask[own, :width]
-        arrays = (prompt[mine, skip:], pad[mine] - skip, tokens[own, :width], rows[own] - mine[0], kept, np.flatnonzero(kept))
+        arrays = (
+            prompt[mine, skip:],
+            pad[mine] - skip,
+            tokens[own, :width],
+            rows[own] - mine[0],
+            kept,
+            np.flatnonzero(kept),
+        )
         extras = {name: _part(value, mine, own, len(prompt), len(rows)) for name, value in batch.extras.items()}
         found.append(Batch(*(mx.array(x if x.dtype == bool else x.astype(np.int32)) for x in arrays), extras))
     return found

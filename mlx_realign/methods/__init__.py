@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One file per method, found by its name: FORMAT, LEARNING_RATE, Config, reference(config), loss(scores, batch, config)."""
+"""One file per method, found by its name; `Method` says what it defines."""
 
 from dataclasses import dataclass
 from importlib import import_module

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Direct preference optimization: chosen over rejected, relative to the policy as this stage began. One unit = one pair.
+"""Direct preference optimization: chosen over rejected, relative to the policy as this stage began. Unit: one pair.
 
 Reading: a prompt and its completions -> log-probs summed per completion -> minus the reference's, computed once and
 cached -> margin -> loss per pair -> mean over the window.

@@ -22,7 +22,7 @@ class Config:
     """Settings of --method sft."""
 
     loss_type: Literal["nll", "dft"] = "nll"
-    """nll: plain likelihood; dft: each token weighted by its own probability (arXiv:2508.05629), gentler on what the model finds unlikely."""
+    """nll: likelihood; dft: each token weighted by its own probability (arXiv:2508.05629), gentler on the unlikely."""
 
 
 def reference(config: Config) -> str | None:
