@@ -142,6 +142,16 @@ def test_a_wrong_recipe_gets_one_message_that_names_file_and_line(recipe, line, 
     assert path in text or text.startswith("--")
 
 
+def test_every_recipe_in_the_package_is_found_by_its_name_and_parses():
+    recipes = sorted((Path(config.__file__).parent / "recipes").glob("*.toml"))
+    assert {"sft", "dpo"} <= {path.stem for path in recipes}
+    for path in recipes:
+        run = config.parse(["--config", path.stem, *NEEDED])
+        assert run == config.parse(["--config", str(path), *NEEDED])
+        comments = [line for line in path.read_text().splitlines() if "#" in line]
+        assert len(comments) >= 5, f"{path} does not say why"
+
+
 def test_no_method_lists_the_methods():
     assert message(*NEEDED) == f"--method is needed: one of {', '.join(methods.names())}."
     assert {"dpo", "sft"} <= set(methods.names())
