@@ -181,8 +181,6 @@ def check(settings: TrainSettings) -> None:
     _require(settings, "lora_layers", "-1 (all blocks) or a number of blocks above 0", lambda n: n == -1 or n > 0)
     _require(settings, "max_length", "at least 2: one token of prompt, one of completion", lambda n: n >= 2)
     _require(settings, "seed", "between 0 and 2**32 - 1", lambda n: 0 <= n < 2**32)
-    if settings.steps is not None and settings.warmup_steps > settings.steps:
-        raise UserError(f"--warmup-steps {settings.warmup_steps} is more than --steps {settings.steps}.")
     if settings.full:
         clashing = [flag for flag in ("quantize", "dora", "rslora") if getattr(settings, flag)]
         if clashing:
