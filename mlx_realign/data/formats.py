@@ -112,7 +112,8 @@ def _read_pair(row: dict) -> Row:
     prompt, chosen = row["prompt"], row["chosen"]
     if _repeats_prompt(prompt, [chosen, *rejected]):  # the prompt again as the first messages of each completion
         whole = _read_full_pair(row)
-        if prompt != whole.prompt and all(prompt != message.get("content") for message in whole.prompt):
+        said = [message.get("content") for message in whole.prompt if isinstance(message, dict)]
+        if prompt not in said if isinstance(prompt, str) else prompt != whole.prompt[: len(prompt)]:
             raise RowError("'prompt' is not what the conversations in chosen and rejected begin with")
         return whole
     prompt = _prompt(prompt)

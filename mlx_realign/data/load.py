@@ -199,7 +199,7 @@ _NOTES = {
     "would generate them",
     "turns_with_other_opening": "{} assistant turns begin otherwise than the template's generation prompt ends (an "
     "opening <think>, say); they are trained from where the two part",
-    "turns_without_prompt": "{} assistant turns open their conversation; with no prompt before them they are not trained",
+    "turns_without_prompt": "{} assistant turns are not trained: they open their conversation, before any prompt",
     "messages_unused": "{} messages behind the last trained turn of their conversation are not used",
     "turns_without_end_token": "{} assistant turns have no end token, so their end is not learned",
     "rows_without_markers": "{} completions have no token between the template's generation markers; their whole "

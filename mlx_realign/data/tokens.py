@@ -19,7 +19,6 @@ class Encoded:
 
     def __init__(self, text: str, ids: np.ndarray, encoding: Any, words: "Words"):
         self.text, self.ids, self._encoding, self._words = text, ids, encoding, words
-        self.offsets = encoding is not None
 
     def token_at(self, char: int) -> int:
         """Index of the token that holds this character; at the end of the text, the number of tokens."""
@@ -53,7 +52,7 @@ class Words:
     @property
     def stop_ids(self) -> set[int]:
         """Ids that end a completion: the model's end tokens and the one its template puts after a turn."""
-        ids = set(getattr(self.outer, "eos_token_ids", None) or ())
+        ids = set(self.outer.eos_token_ids) if self.outer is not self.base else set()
         return ids | {i for i in (self.eos_id, self.end_id) if i is not None}
 
     def encode(self, texts: Sequence[str], *, special: bool = False, offsets: bool = False) -> list[Encoded]:
