@@ -243,9 +243,11 @@ def refuse_misfits(file: AdapterFile, bases: dict[str, Base], complete: bool) ->
     """UserError naming every tensor that is unknown, misshapen or not finite; if `complete`, every missing one too."""
     wrong = []
     modules = file.modules()
-    for path in [*modules, *(path for path in bases if complete and path not in modules)]:
+    for path in sorted({*modules, *(bases if complete else ())}, key=_natural):
         if path not in bases:
-            wrong += [f"{path}.{leaf}: the model has no such layer" for leaf in modules[path]]
+            wrong += [
+                f"{path}.{leaf}: no such layer to adapt in the model".lstrip(".") for leaf in sorted(modules[path])
+            ]
             continue
         expected, found = shapes(bases[path], file.rank, file.dora), modules.get(path, {})
         wrong += [f"{path}.{leaf}: not part of such an adapter" for leaf in found if leaf not in expected]
