@@ -49,6 +49,14 @@ TEMPLATES = {
     # An extra token at the very end of a finished conversation (Phi-3).
     "phi3": "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% else %}</s>{% endif %}",
+    # Two tokens end a turn (Cohere 2).
+    "cohere": "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|end|><|eot|>{% endfor %}" + _OPEN,
+    # The last turn ends with another token than the others (gpt-oss).
+    "harmony": "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}"
+    "{{ '<|eot|>' if loop.last and m.role == 'assistant' else '<|end|>' }}{% endfor %}" + _OPEN,
+    # Content must be a list of parts (models that also see images).
+    "parts": "{% for m in messages %}<|im_start|>{{ m.role }}\n{% for part in m.content %}{% if part.type == 'text' %}"
+    "{{ part.text }}{% endif %}{% endfor %}<|im_end|>\n{% endfor %}" + _OPEN,
     # No end token at all.
     "endless": "{% for m in messages %}{{ 'User:' if m.role == 'user' else 'Assistant:' }}\n{{ m.content }}\n"
     "{% endfor %}"

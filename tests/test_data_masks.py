@@ -72,9 +72,16 @@ SFT = [
      "<|im_start|> assistant ⏎ *d *<|im_end|>"),
     ("marked_answer", THOUGHTS, f"{CHATML_USER} <think> ⏎ </think> | *b *<|im_end|> <|im_start|> user ⏎ c "
      "<|im_end|> ⏎ <|im_start|> assistant ⏎ <think> ⏎ </think> *⏎ *d *<|im_end|>"),
-    # Qwen3 drops earlier thoughts: that turn is not what the model would have said there, only the last one is trained.
-    ("qwen3", THOUGHTS, f"{CHATML_USER} b <|im_end|> ⏎ <|im_start|> user ⏎ c <|im_end|> ⏎ <|im_start|> assistant ⏎ | "
-     "*<think> *⏎ *</think> *⏎ *d *<|im_end|>"),
+    # Qwen3 drops earlier thoughts: each turn is trained in a rendering of its own, as the model would generate it.
+    ("qwen3", THOUGHTS, [
+        f"{CHATML_USER} | *<think> *⏎ *</think> *b *<|im_end|>",
+        f"{CHATML_USER} b <|im_end|> ⏎ <|im_start|> user ⏎ c <|im_end|> ⏎ <|im_start|> assistant ⏎ | "
+        "*<think> *⏎ *</think> *⏎ *d *<|im_end|>"]),
+    # ... as few as that takes: the second and third turn are the same in the middle and at the end.
+    ("qwen3", {"messages": [*THOUGHTS["messages"][:2], user("c"), assistant("d"), user("e"), assistant("f")]}, [
+        f"{CHATML_USER} | *<think> *⏎ *</think> *b *<|im_end|>",
+        f"{CHATML_USER} b <|im_end|> ⏎ <|im_start|> user ⏎ c <|im_end|> ⏎ <|im_start|> assistant ⏎ | *d *<|im_end|> ⏎ "
+        "<|im_start|> user ⏎ e <|im_end|> ⏎ <|im_start|> assistant ⏎ *f *<|im_end|>"]),
     ("qwen3", TWO_TURNS, f"{CHATML_USER} | *b *<|im_end|> ⏎ <|im_start|> user ⏎ c <|im_end|> ⏎ "
      "<|im_start|> assistant ⏎ *d *<|im_end|>"),
     # The generation prompt's opening thought is no part of a finished turn: trained from where the two part.
@@ -83,7 +90,19 @@ SFT = [
     # The token that closes the whole conversation is not what ends a turn.
     ("phi3", TWO_TURNS, "<|im_start|> user ⏎ a <|end|> ⏎ <|im_start|> assistant ⏎ | *b *<|end|> ⏎ <|im_start|> user "
      "⏎ c <|end|> ⏎ <|im_start|> assistant ⏎ *d *<|end|>"),
-    ("endless", TWO_TURNS, "User: ⏎ a ⏎ Assistant: ⏎ | *b ⏎ User: ⏎ c ⏎ Assistant: ⏎ *d"),
+    # No end token in the template: the tokenizer's own ends the completion.
+    ("endless", TWO_TURNS, "User: ⏎ a ⏎ Assistant: ⏎ | *b ⏎ User: ⏎ c ⏎ Assistant: ⏎ *d *</s>"),
+    # Two tokens end a turn: the second one is where generation stops.
+    ("cohere", TWO_TURNS, "<|im_start|> user ⏎ a <|end|> <|eot|> <|im_start|> assistant ⏎ | *b *<|end|> *<|eot|> "
+     "<|im_start|> user ⏎ c <|end|> <|eot|> <|im_start|> assistant ⏎ *d *<|end|> *<|eot|>"),
+    # The last turn ends otherwise than the others, which therefore stand in examples of their own.
+    ("harmony", TWO_TURNS, [
+        "<|im_start|> user ⏎ a <|end|> <|im_start|> assistant ⏎ | *b *<|eot|>",
+        "<|im_start|> user ⏎ a <|end|> <|im_start|> assistant ⏎ b <|end|> <|im_start|> user ⏎ c <|end|> "
+        "<|im_start|> assistant ⏎ | *d *<|eot|>"]),
+    # Content as a list of parts: strings are handed over as one text part.
+    ("parts", TWO_TURNS, f"{CHATML_USER} | *b *<|im_end|> ⏎ <|im_start|> user ⏎ c <|im_end|> ⏎ "
+     "<|im_start|> assistant ⏎ *d *<|im_end|>"),
     ("strict", {"prompt": "a", "completion": "b"},
      f"<|im_start|> system ⏎ You ␣ help <|im_end|> ⏎ {CHATML_USER} | *b *<|im_end|>"),
     # No template: raw text plus the end token.
@@ -127,7 +146,10 @@ PAIRS = [
 @pytest.mark.parametrize(("template", "row", "expected"), SFT)
 def test_sft_masks_are_those_written_by_hand(template, row, expected):
     tokenizer = words_tokenizer(template)
-    assert picture(tokenizer, load_rows([row], tokenizer)) == [expected]
+    dataset = load_rows([row], tokenizer)
+    pictures = [text for i in range(len(dataset)) for text in picture(tokenizer, dataset, i)]
+    assert pictures == (expected if isinstance(expected, list) else [expected])
+    assert {example.line for example in dataset} == {1}
 
 
 @pytest.mark.parametrize(("template", "row", "expected"), PAIRS)
@@ -177,9 +199,10 @@ def test_marked_masks_equal_the_tokenizers_own(template):
 @pytest.mark.parametrize(
     ("template", "row", "key", "count"),
     [
-        ("qwen3", THOUGHTS, "turns_rewritten", 1),
+        ("qwen3", THOUGHTS, "rows_split", 1),
         ("r1", TWO_TURNS, "turns_with_other_opening", 2),
-        ("endless", TWO_TURNS, "turns_without_end_token", 2),
+        ("endless", TWO_TURNS, "turns_without_end_token", 1),
+        ("endless", TWO_TURNS, "ends_added", 1),
         ("chatml", {"messages": [assistant("b"), user("a"), assistant("c")]}, "turns_without_prompt", 1),
         ("chatml", {"messages": [user("a"), assistant("c"), user("a"), user("b")]}, "messages_unused", 2),
     ],
@@ -188,6 +211,20 @@ def test_what_a_template_makes_untrainable_is_counted_and_said(template, row, ke
     report = load_rows([row], words_tokenizer(template)).report
     assert report["counts"][key] == count
     assert any(note.startswith(f"{count} ") for note in report["notes"])
+
+
+def test_a_pair_cannot_be_split_and_that_is_said():
+    row = {"prompt": "a", "chosen": [assistant("<think>\n</think>b"), user("e"), assistant("f")], "rejected": "c"}
+    report = load_rows([row], words_tokenizer("qwen3"), "pairs").report
+    assert report["counts"] == {"turns_rewritten": 1, "turns_trained": 2}
+    assert report["notes"][0].startswith("1 assistant turns are not trained: the chat template rewrites")
+
+
+def test_a_template_that_hides_the_answer_is_refused():
+    tokenizer = words_tokenizer("chatml")
+    tokenizer.chat_template = "{% for m in messages %}<|im_start|>{{ m.role }}<|im_end|>{% endfor %}"
+    with pytest.raises(UserError, match="does not show what the assistant says"):
+        load_rows([TWO_TURNS], tokenizer)
 
 
 def test_a_clean_file_has_nothing_to_say():

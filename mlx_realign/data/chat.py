@@ -29,8 +29,16 @@ class Span(NamedTuple):
     end: int
 
 
+class Turn(NamedTuple):
+    """One assistant turn: what the model would be given, and that with the turn behind it."""
+
+    opening: str
+    text: str
+    span: Span
+
+
 class Layout(NamedTuple):
-    """One rendered completion of a row."""
+    """One rendered completion."""
 
     talk: list[Message]
     opening: str  # the prompt as the model is given it, generation prompt included
@@ -46,20 +54,36 @@ class Pieces(NamedTuple):
     completions: tuple[Completion, ...]
 
 
-def encode_chats(rows: Sequence[Row], words: Words, counts: Counter) -> list[Pieces | RowError]:
-    """Render and tokenise rows with the chat template. counts: turns trained, rewritten, ... are added to it."""
+def encode_chats(rows: Sequence[Row], words: Words, counts: Counter) -> list[list[Pieces] | RowError]:
+    """Render and tokenise rows with the chat template. counts: turns trained, rewritten, ... are added to it.
+
+    A conversation whose template rewrites earlier turns becomes several examples, each turn trained in one of them.
+    """
     layouts = _layouts(rows, words, counts)
-    good = [(i, layout) for i, found in enumerate(layouts) if not isinstance(found, RowError) for layout in found]
-    openings = {layout.opening: None for _, layout in good}
-    found = dict(zip(openings, words.encode(list(openings)), strict=True))
-    encoded = _encode_texts([layout for _, layout in good], words)
-    marks = _markers(rows, good, words)
-    parts: dict[int, list[tuple[np.ndarray, np.ndarray, int]]] = {}
-    for (i, layout), text, mark in zip(good, encoded, marks, strict=True):
-        opening = found[layout.opening].ids
-        mask, end = _mask(layout, text, opening, mark, words, counts)
-        parts.setdefault(i, []).append((text.ids[:end], mask[:end], common_prefix(opening, text.ids)))
-    return [found if isinstance(found, RowError) else split(parts[i]) for i, found in enumerate(layouts)]
+    # One entry per completion, in order: (its row, which of the row's examples, how it is laid out).
+    good = [
+        (i, n, layout)
+        for i, found in enumerate(layouts)
+        if not isinstance(found, RowError)
+        for n, group in enumerate(found)
+        for layout in group
+    ]
+    openings = list({layout.opening: None for _, _, layout in good})
+    opened = dict(zip(openings, words.encode(openings), strict=True))
+    encoded = _encode_texts([layout for _, _, layout in good], words)
+    parts: dict[int, dict[int, list]] = {}
+    for (i, n, layout), text in zip(good, encoded, strict=True):
+        marks = words.markers([layout.talk], rows[i].options)[0] if words.has_markers else None
+        opening = opened[layout.opening].ids
+        mask, end = _mask(layout, text, opening, marks, words, counts)
+        ids, mask = text.ids[:end], mask[:end]
+        if words.end_token is None and words.eos_id is not None:
+            ids, mask = np.append(ids, np.int32(words.eos_id)), np.append(mask, True)
+        parts.setdefault(i, {}).setdefault(n, []).append((ids, mask, common_prefix(opening, ids)))
+    return [
+        found if isinstance(found, RowError) else [split(group) for group in parts[i].values()]
+        for i, found in enumerate(layouts)
+    ]
 
 
 def split(parts: Sequence[tuple[np.ndarray, np.ndarray, int]]) -> Pieces:
@@ -73,7 +97,8 @@ def split(parts: Sequence[tuple[np.ndarray, np.ndarray, int]]) -> Pieces:
     return Pieces(ids[:cut], tuple(Completion(ids[cut:], mask[cut:]) for ids, mask, _ in parts))
 
 
-def _layouts(rows: Sequence[Row], words: Words, counts: Counter) -> list[list[Layout] | RowError]:
+def _layouts(rows: Sequence[Row], words: Words, counts: Counter) -> list[list[list[Layout]] | RowError]:
+    """Per row its examples, per example its completions."""
     jobs: list[tuple[list[Message], dict, bool]] = []  # conversation, options, generation prompt
     plans = []
     for row in rows:
@@ -83,12 +108,13 @@ def _layouts(rows: Sequence[Row], words: Words, counts: Counter) -> list[list[La
         plan = []
         for completion in completions:
             talk = prompt + completion
-            turns = [k for k in range(len(prompt), len(talk)) if is_trained(talk[k])]
             steps = []
-            for k in turns:
-                opening = first if k == len(prompt) else len(jobs)
+            for k in range(len(prompt), len(talk)):
+                if not is_trained(talk[k]):
+                    continue
                 if k != len(prompt):
                     jobs.append((talk[:k], row.options, True))
+                opening = first if k == len(prompt) else len(jobs) - 1
                 jobs.append((talk[: k + 1], row.options, False))
                 steps.append((k, opening, len(jobs) - 1))
             plan.append((talk, steps))
@@ -97,30 +123,50 @@ def _layouts(rows: Sequence[Row], words: Words, counts: Counter) -> list[list[La
     return [_lay_out(row, first, plan, texts, words, counts) for row, (first, plan) in zip(rows, plans, strict=True)]
 
 
-def _lay_out(row: Row, first: int, plan: list, texts: list, words: Words, counts: Counter) -> list[Layout] | RowError:
-    out, seen = [], Counter()
+def _lay_out(
+    row: Row, first: int, plan: list, texts: list, words: Words, counts: Counter
+) -> list[list[Layout]] | RowError:
+    used = [texts[first], *(texts[n] for _, steps in plan for step in steps for n in step[1:])]
+    error = next((text for text in used if isinstance(text, RowError)), None)
+    if error:
+        return error
+    examples: list[list[Layout]] = [[]]
+    seen: Counter = Counter()
     for talk, steps in plan:
-        used = [texts[first], *(texts[n] for step in steps for n in step[1:])]
-        error = next((text for text in used if isinstance(text, RowError)), None)
-        if error:
-            return error
-        whole = texts[steps[-1][2]]
-        spans, opens = [], False
-        for k, opening, turn in steps:
-            span = _span(texts[opening], texts[turn], talk[:k], row.options, words, seen)
-            if span is None:
-                seen["turns_unverified"] += 1
-            elif not whole.startswith(texts[turn][: span.end]):
-                seen["turns_rewritten"] += 1
-            else:
-                opens = opens or opening == first
-                spans.append(span)
-        if not spans:
+        turns = []
+        for k, opening, text in steps:
+            span = _span(texts[opening], texts[text], talk[:k], row.options, words, seen)
+            if span is not None:
+                turns.append((k, Turn(texts[opening], texts[text], span)))
+        seen["turns_unverified"] += len(steps) - len(turns)
+        if not turns:
             return RowError("the chat template renders no assistant turn where the model would generate it")
-        seen["turns_trained"] += len(spans)
-        out.append(Layout(talk, texts[first], whole, spans, opens))
+        layouts = _group(talk, turns)
+        if len(plan) == 1:
+            examples = [[layout] for layout in layouts]
+            seen["rows_split"] += len(layouts) > 1
+        else:  # completions that share a prompt cannot be split; the last group has the last turn
+            opening = texts[first]
+            examples[0].append(layouts[-1]._replace(opening=opening, opens=layouts[-1].opening == opening))
+            seen["turns_rewritten"] += len(turns) - len(layouts[-1].spans)
+    trained = [len(layout.spans) for group in examples for layout in group]
+    seen["turns_trained"] += sum(trained)
+    if words.end_token is None:
+        seen["ends_added"] += len(trained) if words.eos_id is not None else 0
+        seen["turns_without_end_token"] += sum(trained) - (len(trained) if words.eos_id is not None else 0)
     counts.update(seen)
-    return out
+    return examples
+
+
+def _group(talk: list[Message], turns: list[tuple[int, Turn]]) -> list[Layout]:
+    """As few renderings as train each turn once: the longest one, then the longest that still has what it rewrote."""
+    layouts = []
+    while turns:
+        last, text = turns[-1][0], turns[-1][1].text
+        kept = [turn for _, turn in turns if text.startswith(turn.text[: turn.span.end])]
+        layouts.append(Layout(talk[: last + 1], kept[0].opening, text, [turn.span for turn in kept], True))
+        turns = [(k, turn) for k, turn in turns if turn not in kept]
+    return layouts[::-1]
 
 
 def _span(
@@ -140,8 +186,9 @@ def _span(
         end = at + len(words.end_token)
         if at >= 0 and (not text[end:].strip() or text[end:] == words.tail):
             return Span(start, end)
-    seen["turns_without_end_token"] += 1
-    return Span(start, len(text.rstrip()))
+    text = text.rstrip()
+    seen["turns_without_end_token"] += words.end_token is not None and not text.endswith(words.special_texts)
+    return Span(start, len(text))
 
 
 def _render(jobs: list[tuple[list[Message], dict, bool]], words: Words) -> list[str | RowError]:
@@ -165,12 +212,6 @@ def _encode_texts(layouts: list[Layout], words: Words) -> list[Encoded]:
         members = [i for i, value in enumerate(later) if value == offsets]
         out.update(zip(members, words.encode([layouts[i].text for i in members], offsets=offsets), strict=True))
     return [out[i] for i in range(len(layouts))]
-
-
-def _markers(rows: Sequence[Row], good: list[tuple[int, Layout]], words: Words) -> list[np.ndarray | None]:
-    if not words.has_markers:
-        return [None] * len(good)
-    return [words.markers([layout.talk], rows[i].options)[0] for i, layout in good]
 
 
 def _mask(

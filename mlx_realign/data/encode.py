@@ -36,20 +36,27 @@ class Encoder:
         self.refuses_chats = chat_template and not self.words.has_template
         self.counts: Counter = Counter()
 
-    def encode(self, rows: Sequence[tuple[int, Row]]) -> list[Outcome]:
-        """Tokenise (line, row) pairs, in order. UserError where the whole file cannot be used with this tokenizer."""
+    def encode(self, rows: Sequence[tuple[int, Row]]) -> list[list[Outcome]]:
+        """Tokenise (line, row) pairs, in order; a row is one example, or several where its template rewrites turns.
+
+        UserError where the whole file cannot be used with this tokenizer.
+        """
         for _, row in rows:
             self.counts.update(row.skipped)
         chats = [i for i, (_, row) in enumerate(rows) if self.templated and not row.text]
-        found: dict[int, Pieces | RowError] = dict(
+        found: dict[int, list[Pieces] | RowError] = dict(
             zip(chats, encode_chats([rows[i][1] for i in chats], self.words, self.counts), strict=True)
         )
         strings = [i for i, (_, row) in enumerate(rows) if i not in found and not self._is_raw_chat(*rows[i])]
-        found.update(zip(strings, self._encode_strings([rows[i][1] for i in strings]), strict=True))
+        found.update(zip(strings, ([p] for p in self._encode_strings([rows[i][1] for i in strings])), strict=True))
         for i, (_, row) in enumerate(rows):
             if i not in found:
-                found[i] = self._encode_raw_chat(row)
-        return [self._finish(line, row, found[i]) for i, (line, row) in enumerate(rows)]
+                found[i] = [self._encode_raw_chat(row)]
+        outcomes: list[list[Outcome]] = []
+        for i, (line, row) in enumerate(rows):
+            parts = found[i]
+            outcomes.append([parts] if isinstance(parts, RowError) else [self._finish(line, row, p) for p in parts])
+        return outcomes
 
     def _is_raw_chat(self, line: int, row: Row) -> bool:
         if not is_conversation(row):
@@ -102,9 +109,7 @@ class Encoder:
             )
         return self.words.eos_id
 
-    def _finish(self, line: int, row: Row, pieces: Pieces | RowError) -> Outcome:
-        if isinstance(pieces, RowError):
-            return pieces
+    def _finish(self, line: int, row: Row, pieces: Pieces) -> Outcome:
         longest = max(len(c.tokens) for c in pieces.completions)
         tokens = len(pieces.prompt) + longest
         if self.max_length is not None and tokens > self.max_length:

@@ -65,11 +65,12 @@ def examples(chunk: list[tuple[int, Row]], encoder: Encoder, problems: "Problems
     except UserError as error:
         raise UserError(f"{problems.name}: {error}") from None
     good = []
-    for (line, _), outcome in zip(chunk, outcomes, strict=True):
-        if isinstance(outcome, Example):
-            good.append(outcome)
-        else:
-            problems.add(line, outcome)
+    for (line, _), parts in zip(chunk, outcomes, strict=True):
+        for outcome in parts:
+            if isinstance(outcome, Example):
+                good.append(outcome)
+            else:
+                problems.add(line, outcome)
     return good
 
 
@@ -193,14 +194,17 @@ def _report(writer: store.Writer, encoder: Encoder, problems: Problems) -> dict[
 _NOTES = {
     "truncated_rows": "{} rows longer than --max-length {} lost the start of their prompt",
     "turns_cut": "{} early assistant turns of conversations longer than --max-length are context only, or cut",
-    "turns_rewritten": "{} assistant turns are not trained: the chat template rewrites earlier turns (drops their "
-    "thinking, say). Make each conversation several rows, one per assistant turn, to train them",
+    "rows_split": "{} conversations became several examples, so that each turn is trained as the model would generate "
+    "it: the chat template rewrites earlier turns (drops their thinking, say)",
+    "turns_rewritten": "{} assistant turns are not trained: the chat template rewrites earlier turns, and completions "
+    "that share a prompt cannot be split",
     "turns_unverified": "{} assistant turns are not trained: the chat template does not render them where the model "
     "would generate them",
     "turns_with_other_opening": "{} assistant turns begin otherwise than the template's generation prompt ends (an "
     "opening <think>, say); they are trained from where the two part",
     "turns_without_prompt": "{} assistant turns are not trained: they open their conversation, before any prompt",
     "messages_unused": "{} messages behind the last trained turn of their conversation are not used",
+    "ends_added": "{} completions got the tokenizer's end token: the chat template has none",
     "turns_without_end_token": "{} assistant turns have no end token, so their end is not learned",
     "rows_without_markers": "{} completions have no token between the template's generation markers; their whole "
     "turns are trained",

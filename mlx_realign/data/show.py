@@ -36,16 +36,18 @@ def show(
     """
     encoder = Encoder(tokenizer, chat_template=chat_template, max_length=None, truncate="error")
     out: list[dict[str, Any]] = []
+    shown = 0
     for line, value in sources.read(sources.resolve(path, split)):
-        if len(out) == count:
+        if shown == count:
             break
         try:
             if isinstance(value, RowError):
                 raise value
             found = encoder.encode([(line, parse(value, format))])[0]
         except RowError as error:
-            found = error
-        out.append(_describe(found, encoder) if isinstance(found, Example) else {"line": line, "error": str(found)})
+            found = [error]
+        shown += 1
+        out += [_describe(e, encoder) if isinstance(e, Example) else {"line": line, "error": str(e)} for e in found]
     return out
 
 

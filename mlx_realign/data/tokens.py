@@ -46,6 +46,10 @@ class Words:
         self.has_markers = self.renderer is None and _has_markers(getattr(self.base, "chat_template", None))
         self.eos_id: int | None = self.base.eos_token_id
         self.bos_id: int | None = self.base.bos_token_id
+        added = getattr(self.base, "added_tokens_decoder", {})
+        self._special = set(self.base.all_special_ids) | set(added)
+        self.special_texts = tuple(str(token) for token in (*self.base.all_special_tokens, *added.values()))
+        self.parts = False  # the template wants content as a list of typed parts
         self.end_token, self.tail = self._find_end_token() if self.has_template else (None, "")
         self.end_id: int | None = self.base.convert_tokens_to_ids(self.end_token) if self.end_token else None
 
@@ -76,6 +80,7 @@ class Words:
         if not talks:
             return []
         kwargs = {**options, "add_generation_prompt": generate, "tokenize": False}
+        talks = [_as_parts(talk) for talk in talks] if self.parts else talks
         if self.renderer is None:
             try:
                 return self.outer.apply_chat_template(list(talks), **kwargs)
@@ -92,6 +97,7 @@ class Words:
     def markers(self, talks: Sequence[list[Message]], options: dict[str, Any]) -> list[np.ndarray]:
         """bool [tokens] per conversation, True between the template's {% generation %} markers."""
         kwargs = {"enable_thinking": self.outer.has_thinking} if _is_wrapper(self.outer) else {}
+        talks = [_as_parts(talk) for talk in talks] if self.parts else talks
         out = self.base.apply_chat_template(
             list(talks), return_dict=True, return_assistant_tokens_mask=True, **{**kwargs, **options}
         )
@@ -113,18 +119,33 @@ class Words:
         return hashlib.blake2b((vocabulary + json.dumps(rest)).encode(), digest_size=16).hexdigest()
 
     def _find_end_token(self) -> tuple[str | None, str]:
-        """The special token the template puts right after what the assistant said, and the text it puts after that."""
-        talk = [{"role": "user", "content": "a"}, {"role": "assistant", "content": _SENTINEL}]
-        text = self.render([talk], {}, generate=False)[0]
-        if isinstance(text, RowError) or _SENTINEL not in text:
+        """The special token that ends an assistant turn, and the text a finished conversation has behind it.
+
+        It is the last of the special tokens right behind what was said, as far as they are the same in the middle of a
+        conversation and at its end (Phi-3 closes a conversation with one more).
+        """
+        ask = {"role": "user", "content": "a"}
+        talk = [ask, {"role": "assistant", "content": _SENTINEL}]
+        for self.parts in (False, True):
+            text = self.render([talk], {}, generate=False)[0]
+            if not isinstance(text, RowError) and _SENTINEL in text:
+                break
+        else:
+            raise UserError(
+                "the chat template does not show what the assistant says; use --no-chat-template or mend it"
+            )
+        last = text.rpartition(_SENTINEL)[2]
+        longer = self.render([[*talk, ask]], {}, generate=False)[0]
+        middle = last if isinstance(longer, RowError) else longer.rpartition(_SENTINEL)[2]
+        ids, others = (self.encode([suffix])[0].ids for suffix in (last, middle))
+        special = [i for i in range(len(ids)) if int(ids[i]) in self._special]
+        if not special:
             return None, ""
-        rest = text.rpartition(_SENTINEL)[2]
-        special = set(self.base.all_special_ids) | set(getattr(self.base, "added_tokens_decoder", {}))
-        for index in self.encode([rest])[0].ids.tolist():
-            if index in special:
-                token = self.base.convert_ids_to_tokens(index)
-                return token, rest.partition(token)[2]
-        return None, ""
+        at = special[0]
+        while at + 1 in special and at + 1 < common_prefix(ids, others):
+            at += 1
+        token = self.base.convert_ids_to_tokens(int(ids[at]))
+        return token, last.partition(token)[2]
 
 
 def common_prefix(a: np.ndarray, b: np.ndarray) -> int:
@@ -186,6 +207,12 @@ def raw_messages(messages: list[Message], words: Words, first: bool = True) -> n
         if ended:
             ids.append(np.array([words.eos_id], np.int32))
     return np.concatenate(ids)
+
+
+def _as_parts(talk: list[Message]) -> list[Message]:
+    """Content as typed parts: templates of models that also see images loop over them."""
+    said = lambda text: [{"type": "text", "text": text}] if isinstance(text, str) else text  # noqa: E731
+    return [{**message, "content": said(message.get("content"))} for message in talk]
 
 
 def _is_wrapper(tokenizer: Any) -> bool:
