@@ -16,9 +16,8 @@ from mlx.utils import tree_unflatten
 from .adapter_files import PEFT_WEIGHTS, WEIGHTS, AdapterFile, read_mlx, write_folder
 from .adapter_layers import EMBEDDING, LINEAR, SWITCH, TRAINED, Adapter, Base, DoRALinear, base_of, matrix_shape, wrap
 from .adapter_peft import read_peft
+from .adapter_targets import adaptable, blocks_of, find_targets, in_order, is_router, tied_head
 from .errors import UserError
-
-ROUTERS = ("gate", "router", "shared_expert_gate")  # they choose experts: moving them changes which expert is trained
 
 
 def attach(
@@ -69,73 +68,10 @@ def put_on(
     model.update_modules(tree_unflatten(wrapped))
 
 
-def find_targets(model: nn.Module, targets: str = "all-linear", layers: int = -1) -> list[str]:
-    """Paths of the modules that `targets` and `layers` mean (see attach), blocks in order. Raises UserError."""
-    known = adaptable(model)
-    blocks = blocks_of(model)
-    inside = tuple(path + "." for path in blocks)
-    chosen = inside[-layers:] if layers > 0 else inside
-    found: set[str] = set()
-    for target in filter(None, (part.strip() for part in targets.split(","))):
-        if target == "all-linear":
-            hits = [
-                path for path, layer in known.items() if path.startswith(inside) and not isinstance(layer, EMBEDDING)
-            ]
-        else:
-            hits = [path for path in known if names(target, path)]
-        if not hits:
-            raise UserError(_unknown_target(model, target, known))
-        found.update(path for path in hits if path.startswith(chosen) or not path.startswith(inside))
-    if not found:
-        raise UserError(f"--lora-targets {targets!r} with --lora-layers {layers} leaves nothing to adapt.")
-    return [path for path in known if path in found]
-
-
-def names(target: str, path: str) -> bool:
-    """Whether `target` is the path or its end, whole parts only."""
-    return path == target or path.endswith("." + target)
-
-
-def _unknown_target(model: nn.Module, target: str, known: dict[str, nn.Module]) -> str:
-    for path, module in model.named_modules():
-        if names(target, path) and isinstance(module, LINEAR) and is_router(path):
-            return f"--lora-targets: {path} routes tokens to experts and is never adapted. Leave it out."
-    choices = sorted({path.rpartition(".")[2] for path in known})
-    return f"--lora-targets: no layer is called {target!r}. Known here: all-linear, {', '.join(choices)}."
-
-
-def adaptable(model: nn.Module, routers: bool = False) -> dict[str, nn.Module]:
-    """Path -> module of every layer an adapter fits on, blocks in order; a layer used twice counts once.
-
-    Layers with an adapter form of their own in mlx-lm (`to_lora`: they return several arrays) are left alone.
-    """
-    found: dict[int, tuple[str, nn.Module]] = {}
-    for path, module in sorted(model.named_modules(), key=lambda item: _natural(item[0])):
-        fits = isinstance(module, LINEAR + SWITCH + EMBEDDING) and not hasattr(module, "to_lora")
-        if fits and (routers or not is_router(path)):
-            found.setdefault(id(module), (path, module))
-    return dict(found.values())
-
-
-def is_router(path: str) -> bool:
-    """Whether the layer at `path` is, or belongs to, what chooses a mixture's experts."""
-    return any(part in ROUTERS or "router" in part for part in path.split("."))
-
-
-def blocks_of(model: nn.Module) -> list[str]:
-    """Paths of the decoder blocks, in the order of mlx-lm's `model.layers`."""
-    paths = {id(module): path for path, module in model.named_modules()}
-    return [paths[id(block)] for block in getattr(model, "layers", ()) if id(block) in paths]
-
-
-def _natural(path: str) -> list[tuple[int, str]]:
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in path.split(".")]
-
-
 def adapters_of(model: nn.Module) -> dict[str, Adapter]:
     """Path -> adapter layer, blocks in order."""
     found = {path: module for path, module in model.named_modules() if isinstance(module, Adapter)}
-    return {path: found[path] for path in sorted(found, key=_natural)}
+    return {path: found[path] for path in sorted(found, key=in_order)}
 
 
 def set_enabled(model: nn.Module, on: bool) -> None:
@@ -231,19 +167,11 @@ def load(model: nn.Module, folder: str | Path, *, dropout: float | None = None) 
     return file
 
 
-def tied_head(model: nn.Module) -> bool:
-    """Whether the model has no head of its own and scores tokens with its embedding."""
-    blocks = tuple(path + "." for path in blocks_of(model))
-    outside = [module for path, module in model.named_modules() if not path.startswith(blocks)]
-    vocabularies = {matrix_shape(module)[0] for module in outside if isinstance(module, EMBEDDING)}
-    return not any(isinstance(module, LINEAR) and matrix_shape(module)[0] in vocabularies for module in outside)
-
-
 def refuse_misfits(file: AdapterFile, bases: dict[str, Base], complete: bool) -> None:
     """UserError naming every tensor that is unknown, misshapen or not finite; if `complete`, every missing one too."""
     wrong = []
     modules = file.modules()
-    for path in sorted({*modules, *(bases if complete else ())}, key=_natural):
+    for path in sorted({*modules, *(bases if complete else ())}, key=in_order):
         if path not in bases:
             wrong += [
                 f"{path}.{leaf}: no such layer to adapt in the model".lstrip(".") for leaf in sorted(modules[path])
