@@ -3,7 +3,7 @@
 
 from .batching import collate, plan
 from .formats import FORMATS
-from .load import load
+from .pipeline import load
 from .source import has_split
 from .store import Dataset, cache_dir
 from .tokens import encode_prompt, stop_ids

@@ -14,7 +14,7 @@ from ..errors import UserError
 from . import source as sources
 from .encode import Encoder
 from .formats import Row, accepted, as_messages
-from .load import Problems, chunks, examples, notes
+from .pipeline import Problems, chunks, examples, notes
 
 PERCENTILES = (50, 90, 99, 100)
 MAX_CHARS = {"system": 1_000, "user": 10_000, "assistant": 32_768}  # beyond these a text is more likely a mistake
