@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Log-probs of given tokens from hidden states, without ever holding a [tokens, vocabulary] array.
 
-The head runs over chunks of rows. When it is frozen, the gradient of each token's log-prob with respect to its hidden
-state, W[token] - sum_v p_v W[v], is formed in the same pass, so the backward pass is one multiplication and no logits
-are computed twice: exact for every loss, since a loss can only scale it.
+A frozen head runs over slices of the vocabulary with a running maximum and sum (the online softmax of FlashAttention,
+arXiv:2205.14135). The same pass sums exp(logit) times the head's rows, so it ends with the gradient of each token's
+log-prob with respect to its hidden state, W[token] - sum_v p_v W[v]. The backward pass is then one multiplication: no
+logits are computed twice, exactly and for every loss, since a loss can only scale that gradient.
 """
 
 from collections.abc import Callable
@@ -15,18 +16,47 @@ import mlx.nn as nn
 from .exp import exp
 
 Logits = Callable[[mx.array], mx.array]  # hidden [n, D] -> logits [n, V]
+SLICE_BYTES = 1 << 21  # of one slice of logits on a CPU: stays in the cache of a core
+GPU_SLICE_BYTES = 1 << 26
 
 
 class Head(NamedTuple):
     """How to get logits.
 
-    weight [V, D]: given where logits are hidden @ weight.T and nothing else; allows the short gradient.
+    rows: given where logits are hidden @ weight.T and nothing else; (start, stop) -> those rows of the weight.
     module: given where the head itself is trained; its chunks are recomputed in the backward pass.
     """
 
     logits: Logits
-    weight: mx.array | None = None
+    vocabulary: int
+    rows: "Weight | None" = None
     module: nn.Module | None = None
+
+
+class Weight(NamedTuple):
+    """A frozen head's weight [V, D], dense or quantised."""
+
+    tensors: dict[str, mx.array]  # weight, and scales, biases where quantised
+    options: dict[str, Any]  # of quantized_matmul; empty where dense
+
+    def logits(self, hidden: mx.array, start: int, stop: int) -> mx.array:
+        """hidden [n, D] -> [n, stop - start]."""
+        return self._product(hidden, start, stop, True)
+
+    def back(self, p: mx.array, start: int, stop: int) -> mx.array:
+        """p [n, stop - start] -> [n, D]."""
+        return self._product(p, start, stop, False)
+
+    def at(self, tokens: mx.array) -> mx.array:
+        """Rows [n, D] of tokens [n]."""
+        found = {name: value[tokens] for name, value in self.tensors.items()}
+        return mx.dequantize(*_order(found), **self.options) if self.options else found["weight"]
+
+    def _product(self, x: mx.array, start: int, stop: int, transpose: bool) -> mx.array:
+        part = {name: value[start:stop] for name, value in self.tensors.items()}
+        if self.options:
+            return mx.quantized_matmul(x, *_order(part), transpose=transpose, **self.options)
+        return x @ (part["weight"].T if transpose else part["weight"])
 
 
 class Rows(NamedTuple):
@@ -46,16 +76,22 @@ def reference(head: Head, hidden: mx.array, tokens: mx.array) -> Rows:
     return Rows(logps, -(mx.exp(frozen) * frozen).sum(-1), (frozen.argmax(-1) == tokens).astype(mx.float32))
 
 
-def fused(head: Head, hidden: mx.array, tokens: mx.array, *, chunk: int) -> Rows:
-    """Chunks of `chunk` rows, one after another. hidden [N, D] of any float dtype, tokens int32 [N] -> float32 [N]."""
+def fused(head: Head, hidden: mx.array, tokens: mx.array, *, gradient: bool = True) -> Rows:
+    """Slice by slice. hidden [N, D] of any float dtype, tokens int32 [N] -> float32 [N].
+
+    gradient: False where nobody will ask for one (reference, evaluation), which halves the work.
+    """
     if not tokens.size:
         return Rows(*(mx.zeros((0,)) for _ in range(3)))
+    if head.rows is not None and head.module is None:
+        return _sliced(head.rows, head.vocabulary, hidden, tokens, gradient)
+    chunk = max(16, (SLICE_BYTES if _on_cpu() else GPU_SLICE_BYTES) // head.vocabulary)  # four slices' worth of rows
     parts: list[Rows] = []
     for start in range(0, tokens.shape[0], chunk):
         h, t = hidden[start : start + chunk], tokens[start : start + chunk]
         if parts:  # wait for the last chunk, or the scheduler may hold the logits of all of them
             (h,) = mx.depends([h], [parts[-1].logps])
-        parts.append(_frozen(head, h, t) if head.module is None else _recomputed(head, head.module, h, t))
+        parts.append(_recomputed(head, head.module, h, t))
     return Rows(*(mx.concatenate(column) for column in zip(*parts, strict=True)))
 
 
@@ -64,28 +100,10 @@ def available() -> bool:
     return True
 
 
-def _statistics(logits: mx.array, tokens: mx.array) -> tuple[Rows, mx.array]:
-    """Rows and the probabilities [n, V] of float32 logits [n, V]."""
-    top = logits.max(-1, keepdims=True)
-    weights = exp(logits - top)
-    total = weights.sum(-1, keepdims=True)
-    lse = top + mx.log(total)
-    own = mx.take_along_axis(logits, tokens[:, None], 1)
-    entropy = lse - (weights[:, None] @ logits[..., None])[:, 0] / total
-    correct = (own >= top).astype(mx.float32)
-    return Rows((own - lse)[:, 0], entropy[:, 0], correct[:, 0]), weights / total
-
-
-def _frozen(head: Head, hidden: mx.array, tokens: mx.array) -> Rows:
+def _sliced(weight: Weight, vocabulary: int, hidden: mx.array, tokens: mx.array, gradient: bool) -> Rows:
     @mx.custom_function
     def scores(h: mx.array) -> list[mx.array]:
-        if head.weight is not None:
-            rows, p = _statistics(head.logits(h).astype(mx.float32), tokens)
-            slope = head.weight[tokens] - p.astype(head.weight.dtype) @ head.weight
-        else:  # quantised, soft-capped or adapted logits: the same slope by differentiating this chunk here
-            _, slopes = mx.vjp(lambda x: _plain_logps(head, x, tokens), [h], [mx.ones(tokens.shape)])
-            rows, slope = _statistics(head.logits(h).astype(mx.float32), tokens)[0], slopes[0]
-        return [*rows, slope.astype(mx.float32)]
+        return _online(weight, vocabulary, h, tokens, gradient)
 
     @scores.vjp
     def backward(primals: mx.array, cotangents: list[mx.array], outputs: list[mx.array]) -> mx.array:
@@ -94,19 +112,57 @@ def _frozen(head: Head, hidden: mx.array, tokens: mx.array) -> Rows:
     return Rows(*scores(hidden)[:3])
 
 
-def _recomputed(head: Head, module: nn.Module, hidden: mx.array, tokens: mx.array) -> Rows:
-    def run(
-        parameters: dict[str, Any], h: mx.array
-    ) -> list[mx.array]:  # parameters as arguments, or they get no gradient
+def _online(weight: Weight, vocabulary: int, h: mx.array, tokens: mx.array, gradient: bool) -> list[mx.array]:
+    """logps, entropy, correct, and the slope [N, D] (a zero where no gradient is asked for)."""
+    size = (SLICE_BYTES if _on_cpu() else GPU_SLICE_BYTES) // (4 * tokens.shape[0])
+    size = max(2048, size // 1024 * 1024)
+    top = total = weighted = slope = None
+    own = mx.zeros((tokens.shape[0], 1))
+    for start in range(0, vocabulary, size):
+        stop = min(start + size, vocabulary)
+        if top is not None:  # one slice after the other
+            (h,) = mx.depends([h], [total, weighted, slope])
+        logits = weight.logits(h, start, stop).astype(mx.float32)
+        place = tokens[:, None] - start
+        mine = mx.take_along_axis(logits, mx.clip(place, 0, stop - start - 1), 1)
+        own = mx.where((place >= 0) & (place < stop - start), mine, own)
+        high = logits.max(-1, keepdims=True)
+        if top is None:
+            shrink, top_now = None, high
+        else:
+            top_now = mx.maximum(top, high)
+            shrink = mx.exp(top - top_now)
+        e = exp(logits - top_now, negative=True)
+        sums = [e.sum(-1, keepdims=True), (e[:, None] @ logits[..., None])[:, 0]]
+        back = weight.back(e.astype(h.dtype), start, stop).astype(mx.float32) if gradient else mx.array(0.0)
+        if shrink is None:
+            total, weighted, slope = *sums, back
+        else:
+            before = (total, weighted, slope)
+            total, weighted, slope = (a * shrink + b for a, b in zip(before, (*sums, back), strict=True))
+        top = top_now
+    assert top is not None and total is not None
+    lse = top + mx.log(total)
+    slope = weight.at(tokens).astype(mx.float32) - slope / total if gradient else mx.array(0.0)
+    return [(own - lse)[:, 0], (lse - weighted / total)[:, 0], (own >= top).astype(mx.float32)[:, 0], slope]
+
+
+def _recomputed(head: Head, module: nn.Module | None, hidden: mx.array, tokens: mx.array) -> Rows:
+    def run(parameters: dict[str, Any], h: mx.array) -> list[mx.array]:  # arguments, or they get no gradient
+        if module is None:
+            return list(reference(head, h, tokens))
         kept = module.trainable_parameters()
         module.update(parameters)
         rows = reference(head, h, tokens)
         module.update(kept)
         return list(rows)
 
-    return Rows(*mx.checkpoint(run)(module.trainable_parameters(), hidden))
+    return Rows(*mx.checkpoint(run)(module.trainable_parameters() if module else {}, hidden))
 
 
-def _plain_logps(head: Head, hidden: mx.array, tokens: mx.array) -> mx.array:
-    logits = head.logits(hidden).astype(mx.float32)
-    return mx.take_along_axis(logits, tokens[:, None], 1)[:, 0] - mx.logsumexp(logits, -1)
+def _order(tensors: dict[str, mx.array]) -> list[mx.array | None]:
+    return [tensors["weight"], tensors["scales"], tensors.get("biases")]
+
+
+def _on_cpu() -> bool:
+    return mx.default_device().type == mx.DeviceType.cpu

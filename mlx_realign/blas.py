@@ -13,6 +13,7 @@ import sysconfig
 import tempfile
 from pathlib import Path
 
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
 MISSING = (
     "no fast BLAS found: float32 matmuls on this CPU run about 50 times slower. "
     "Get one with: pip install 'mlx-realign[cpu]'"
@@ -33,6 +34,18 @@ def load_fast_blas() -> str | None:
         if _open(str(candidate)) or (_provide_gfortran(packages) and _open(str(candidate))):
             return str(candidate)
     return None
+
+
+def keep_freed_memory() -> None:
+    """Let glibc keep up to 256 MB of freed memory instead of returning it: MLX's CPU arrays come and go by malloc.
+
+    Fetching their pages from the kernel again costs about 5% of a training step.
+    """
+    if platform.system() == "Linux":
+        libc = ctypes.CDLL(None)
+        if hasattr(libc, "mallopt"):
+            libc.mallopt(M_MMAP_THRESHOLD, 1 << 30)
+            libc.mallopt(M_TRIM_THRESHOLD, 256 << 20)
 
 
 def set_threads(count: int) -> None:

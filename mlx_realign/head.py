@@ -14,9 +14,10 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from .kernels.token_scores import Head
+from .kernels.token_scores import Head, Weight
 
 PROBE = mx.array([[1, 2, 3]])
+PLAIN = (nn.Linear, nn.Embedding, nn.QuantizedLinear, nn.QuantizedEmbedding)
 
 
 class Tap:
@@ -65,10 +66,11 @@ class Body:
 
     def head(self) -> Head:
         """The head as kernels want it. Its weight is given where logits are hidden @ weight.T and nothing else."""
-        trained = bool(self.module.trainable_parameters())
-        dense = type(self.module).__mro__[1] in (nn.Linear, nn.Embedding) and "bias" not in self.module
-        weight = self.module.weight if dense and self.bare and not trained else None
-        return Head(self.logits, weight, self.module if trained else None)
+        module = self.module
+        if module.trainable_parameters():
+            return Head(self.logits, self.vocabulary, None, module)
+        plain = type(module).__mro__[1] in PLAIN and "bias" not in module and self.bare
+        return Head(self.logits, self.vocabulary, _weight(module) if plain else None)
 
     def _is_bare(self) -> bool:
         with self.tap.set("catch") as tap:
@@ -76,7 +78,14 @@ class Body:
             hidden = tap.hidden
         raw = getattr(self.module, self.method)(hidden)
         whole = self.model(PROBE)
+        self.vocabulary = whole.shape[-1]
         return raw.shape == whole.shape and bool(mx.array_equal(raw, whole))
+
+
+def _weight(module: nn.Module) -> Weight:
+    names = ("weight", "scales", "biases") if "scales" in module else ("weight",)
+    options = {k: getattr(module, k) for k in ("group_size", "bits", "mode")} if "scales" in module else {}
+    return Weight({name: module[name] for name in names if name in module}, options)
 
 
 def _tapped_head(model: nn.Module, tap: Tap) -> tuple[nn.Module, str]:

@@ -7,6 +7,7 @@ in chunks at trained positions only.
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,6 @@ from .config import TrainSettings
 from .head import Body
 from .kernels import install, token_scores
 from .workers import Workers, cores
-
-LOGITS_CHUNK_BYTES = 1 << 24  # of one chunk of logits: small beside the activations, large enough for a fast matmul
 
 Loss = Callable[[Scores, Batch], LossOutput]
 
@@ -89,6 +88,8 @@ class Policy:
             )
         if settings.grad_checkpoint:
             forward.checkpoint_layers(self.model)
+        if settings.compile == "on" or (settings.compile == "auto" and not loading.on_cpu()):
+            self.compile()
         self.refresh()
         self.mark_start()
 
@@ -108,23 +109,21 @@ class Policy:
 
     # ------------------------------------------------------------------ forward
 
-    def whole_gradients(self, batch: Batch, loss: Loss) -> tuple[LossOutput, dict[str, Any]]:
-        """As `gradients`, in one piece and not evaluated: what checks compare with."""
-        return self._gradients(batch, loss)
+    def scores(self, batch: Batch, *, gradient: bool = False) -> Scores:
+        """Log-probs, entropy and top-1 hits of every trained completion token: float32 [R, Lc], 0 where masked.
 
-    def scores(self, batch: Batch) -> Scores:
-        """Log-probs, entropy and top-1 hits of every trained completion token: float32 [R, Lc], 0 where masked."""
+        gradient: True where one will be asked for; the head's share of it is made in this same pass.
+        """
         way = forward.shared if self.sharing else forward.plain
         hidden = way(self.model, self.body.hidden, batch)
         rows, width, size = hidden.shape
         head = self.body.head()
         picked = hidden.reshape(-1, size)[batch.positions]
         targets = batch.completion.reshape(-1)[batch.positions]
-        chunk = max(16, LOGITS_CHUNK_BYTES // (4 * self.vocabulary))
         if self.whole_logits:
             found = token_scores.reference(head, picked, targets)
         else:
-            found = token_scores.fused(head, picked, targets, chunk=chunk)
+            found = token_scores.fused(head, picked, targets, gradient=gradient)
         trained = batch.mask.reshape(-1)[batch.positions]
         empty = mx.zeros((rows * width,))
         placed = (empty.at[batch.positions].add(mx.where(trained, x, 0)).reshape(rows, width) for x in found)
@@ -133,8 +132,7 @@ class Policy:
     @property
     def vocabulary(self) -> int:
         """Number of logits."""
-        args = getattr(self.model, "args", None)
-        return getattr(args, "vocab_size", None) or self.config.get("vocab_size") or len(self.tokenizer)
+        return self.body.vocabulary
 
     # ------------------------------------------------------------------ gradient
 
@@ -150,10 +148,25 @@ class Policy:
         """float32 [R]: log-prob of every completion, summed over its trained tokens, evaluated."""
         return mx.concatenate(self.workers.map(batch, lambda part: self.scores(part).logps.sum(-1)))
 
+    def compile(self) -> None:
+        """Compile the gradient: one trace per loss and shape (pad to `width`). For GPUs; a CPU then uses one worker."""
+        self._traces: dict[Loss, Any] = {}
+        self.compiled, self.workers = True, Workers(1)
+
     def _gradients(self, batch: Batch, loss: Loss) -> tuple[LossOutput, dict[str, Any]]:
+        if not self.compiled:
+            return self.differentiate(batch, loss)
+        if loss not in self._traces:
+            state = [self.model.state]  # also an output: checkpointed layers exchange parameters while they run
+            self._traces[loss] = mx.compile(partial(self.differentiate, loss=loss), inputs=state, outputs=state)
+        return self._traces[loss](batch)
+
+    def differentiate(self, batch: Batch, loss: Loss) -> tuple[LossOutput, dict[str, Any]]:
+        """As `gradients`, in one piece and not evaluated."""
+
         def objective(parameters: dict[str, Any]) -> tuple[mx.array, mx.array, dict[str, Any]]:
             self.model.update(parameters)
-            out = loss(self.scores(batch), batch)
+            out = loss(self.scores(batch, gradient=True), batch)
             return out.total, out.count, out.metrics
 
         trainable = self.model.trainable_parameters()

@@ -101,7 +101,7 @@ def _measure(policy: Policy, batch: Batch) -> dict[str, mx.array]:
         return LossOutput((scores.logps * weights).sum(), mx.array(1.0), {"logps": (scores.logps, mx.array(1.0))})
 
     with nudged(policy.model):
-        out, grads = policy.whole_gradients(batch, loss)
+        out, grads = policy.differentiate(batch, loss)
         mx.eval(out, grads)
     return {"log-probs": out.metrics["logps"][0], **{f"the gradient of {k}": v for k, v in tree_flatten(grads)}}
 
@@ -140,7 +140,7 @@ def _head(policy: Policy, batch: Batch, limit: float, notes: list[str]) -> str:
     """Chunked log-probs against log-softmax of the model's own logits."""
     tokens = batch.prompt[:1]
     hidden = policy.body.hidden(tokens)[0, :-1]
-    chunked = token_scores.fused(policy.body.head(), hidden, tokens[0, 1:], chunk=3).logps
+    chunked = token_scores.fused(policy.body.head(), hidden, tokens[0, 1:]).logps
     logits = policy.model(tokens)[0, :-1].astype(mx.float32)
     whole = mx.take_along_axis(logits - mx.logsumexp(logits, -1, keepdims=True), tokens[0, 1:, None], 1)[:, 0]
     gap = (mx.abs(chunked - whole).max() / mx.abs(whole).max()).item()

@@ -32,6 +32,8 @@ class Workers:
     def __init__(self, count: int) -> None:
         self.count = count
         self.pool = ThreadPoolExecutor(count) if count > 1 else None
+        if self.pool:
+            blas.keep_freed_memory()
         self.lock = threading.Lock()
 
     def map(self, batch: Batch, build: Callable[[Batch], Any]) -> list[Any]:
