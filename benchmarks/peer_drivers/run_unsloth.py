@@ -1,0 +1,94 @@
+# SPDX-License-Identifier: Apache-2.0
+# pyright: reportMissingImports=false
+"""Times unsloth_zoo's MLX trainers (unsloth_zoo 2026.10.9, used as an installed package, unchanged).
+
+    pip install "mlx[cpu]==0.32.4" mlx-lm==0.32.2 cmeel-openblas "transformers<=5.17.0" "datasets>=4.1.1,<4.4" \
+        psutil msgspec pillow && pip install --no-deps unsloth_zoo==2026.10.9
+
+Its defaults except for what `common.py` names; gradient checkpointing, on by default in two places, only with
+--checkpoint. Messages, because it tokenises plain strings without the chat template. On a CPU it has to be told that
+this is Apple silicon while it is imported, and the sizes of a device that `mx.device_info` does not report there.
+"""
+
+import os
+import platform
+import tempfile
+import time
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import common
+
+arguments = common.arguments()
+real = platform.system, platform.machine
+platform.system, platform.machine = lambda: "Darwin", lambda: "arm64"
+import unsloth_zoo  # noqa: E402
+
+assert unsloth_zoo.DEVICE_TYPE == "mlx"
+platform.system, platform.machine = real
+
+import mlx.core as mx  # noqa: E402
+from datasets import Dataset  # noqa: E402
+from transformers import TrainerCallback  # noqa: E402
+from unsloth_zoo.mlx import trainer as trainers  # noqa: E402
+from unsloth_zoo.mlx.loader import FastMLXModel  # noqa: E402
+
+LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+GIB = 1 << 30
+
+device_info = mx.device_info
+assumed = {"max_recommended_working_set_size": 16 * GIB, "memory_size": 24 * GIB, "device_name": "cpu"}
+mx.device_info = lambda *device: {**assumed, **device_info(*device)}
+
+
+def main(a) -> None:  # noqa: ANN001
+    checkpoint = {} if a.checkpoint else {"use_gradient_checkpointing": False}
+    model, tokenizer = FastMLXModel.from_pretrained(
+        a.model, max_seq_length=a.max_length, dtype="float32", load_in_4bit=False
+    )
+    model = FastMLXModel.get_peft_model(
+        model, r=a.rank, lora_alpha=a.alpha, max_seq_length=a.max_length, target_modules=LINEAR, **checkpoint
+    )
+    fields = {
+        "per_device_train_batch_size": a.batch,
+        "gradient_accumulation_steps": 1,
+        "max_steps": a.steps,
+        "learning_rate": a.learning_rate,
+        "lr_scheduler_type": "constant",
+        "warmup_steps": 0,
+        "max_seq_length": a.max_length,
+        "output_dir": tempfile.mkdtemp(),
+    }
+    if not a.checkpoint:
+        fields["gradient_checkpointing"] = False
+    if a.method != "sft":
+        fields["max_length"] = a.max_length
+    if a.precompute:
+        fields["precompute_ref_log_probs"] = True
+    fields |= common.settings(a.set)
+
+    clock, losses = common.Clock(mx.synchronize), []
+
+    class Marks(TrainerCallback):
+        def on_step_begin(self, *_, **__) -> None:
+            clock.begin()
+
+        def on_step_end(self, *_, **__) -> None:
+            clock.end()
+
+    prefix = "" if a.method == "sft" else a.method.upper()
+    config = getattr(trainers, f"MLX{prefix}Config" if prefix else "MLXTrainingConfig")(**fields)
+    rows = Dataset.from_list([common.conversational(row) for row in common.rows(a.data)])
+    trainer = getattr(trainers, f"MLX{prefix}Trainer")(model, tokenizer, rows, args=config, callbacks=[Marks()])
+    trainer.add_step_callback(lambda step, total, loss, *_: losses.append(round(float(loss), 6)))
+    start = time.perf_counter()
+    trainer.train()
+    common.report(
+        steps_s=common.seconds(clock),
+        losses=losses,
+        mlx_peak_gb=mx.get_peak_memory() / 1e9,
+        before_first_step_s=round(clock.marks[0] - start, 2),
+    )
+
+
+main(arguments)
