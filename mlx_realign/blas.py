@@ -36,6 +36,11 @@ def load_fast_blas() -> str | None:
     return None
 
 
+def missing() -> str | None:
+    """One line on what is missing where matmuls run on the slow BLAS; None where they do not."""
+    return MISSING if platform.system() == "Linux" and _mapped() is None else None
+
+
 def keep_freed_memory() -> None:
     """Let glibc keep up to 256 MB of freed memory instead of returning it: MLX's CPU arrays come and go by malloc.
 

@@ -14,7 +14,7 @@ from typing import Any
 import mlx.core as mx
 from mlx.utils import tree_flatten, tree_map
 
-from . import adapter, forward, loading
+from . import adapter, blas, forward, loading
 from .batch import Batch, LossOutput, Scores
 from .config import TrainSettings
 from .head import Body
@@ -36,6 +36,8 @@ class Policy:
         self.start: dict[str, mx.array] = {}
         self.model.freeze()
         self.notes += install(self.model)
+        if loading.on_cpu() and (slow := blas.missing()):
+            self.notes.append(slow)
         self.refresh()
 
     @classmethod
