@@ -1,0 +1,271 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the pages say is so: every command runs (training with --dry-run), every row is good, every name exists."""
+
+import importlib
+import io
+import json
+import re
+import runpy
+import shutil
+import sys
+import tomllib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from docs_tools import PAGES, ROOT, Block, Command, commands, every, name, sections
+
+from mlx_realign import cli, config, data, flags, loading, methods
+from mlx_realign.data.validate import validate
+
+GUIDE, SKILL = ROOT / "docs/training-methods.md", ROOT / ".claude/skills/training-methods.md"
+COMMANDS = [command for page in PAGES for command in commands(page)]
+ROWS = every("jsonl")
+METHOD_PARTS = ("Purpose", "Data", "Use", "Not when", "Settings", "Watch", "Failure")
+RUN_ELSEWHERE = ("git", "cd", "source")  # nothing of ours to test
+FOREIGN_FLAGS = {"--help", "--adapter-path", "--group", "--check"}  # of other programs, or of every command
+
+
+def place(item: Block | Command) -> str:
+    return f"{item.page}:{item.line}"
+
+
+@pytest.fixture(scope="module")
+def model(model_folder: Callable[..., Path]) -> Path:
+    """The stand-in for every model the pages name."""
+    return model_folder("llama")
+
+
+@pytest.fixture(scope="module")
+def adapter(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The stand-in for every adapter the pages name."""
+    folder = tmp_path_factory.mktemp("trained")
+    (folder / "rows.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
+    words = ["train", "--method", "sft", "--model", model, "--data", folder / "rows.jsonl", "--output", folder / "out"]
+    assert cli.entry([str(word) for word in [*words, "--steps", 1]]) == 0
+    return folder / "out"
+
+
+@pytest.fixture
+def desk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with every example file of the pages, and the same rows as a folder of splits."""
+    monkeypatch.setenv("MLX_REALIGN_CACHE", str(tmp_path / "cache"))
+    folder = tmp_path / "desk"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    for block in ROWS:
+        with open(folder / block.tags["file"], "a") as file:
+            file.write(block.text)
+    for method in methods.names():
+        (folder / f"{method}-data").mkdir()
+        for split in ("train", "valid"):
+            rows = "".join(b.text for b in ROWS if b.tags["method"] == method and "refused" not in b.tags)
+            (folder / f"{method}-data" / f"{split}.jsonl").write_text(rows)
+    return folder
+
+
+# ------------------------------------------------------------------------------------------------------------ commands
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=place)
+def test_the_command_runs(command: Command, desk: Path, model: Path, adapter: Path, monkeypatch: Any, capsys: Any):
+    program, *words = command.words
+    if program == "make":
+        targets = re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+        assert words[0] in targets
+    elif words[:1] == ["install"] or words[:3] == ["-m", "pip", "install"]:
+        check_install(words[-1])
+    elif program == "python" and words[0].startswith(("benchmarks/", "docs/")):
+        source = (ROOT / words[0]).read_text()
+        assert all(word in source for word in words[1:] if word.startswith("--"))
+    elif program == "python" and words[:2] == ["-m", "mlx_lm.generate"]:
+        monkeypatch.setattr(sys, "argv", ["mlx_lm.generate", *stand_in(words[2:], model, adapter)])
+        importlib.import_module("mlx_lm.generate").main()
+        assert "Generation:" in capsys.readouterr().out
+    elif program not in RUN_ELSEWHERE:
+        run_ours(command, model, adapter, monkeypatch, capsys)
+
+
+def run_ours(command: Command, model: Path, adapter: Path, monkeypatch: Any, capsys: Any) -> None:
+    """A command of this package, in this process."""
+    program, *words = command.words
+    if (program, words[0]) == ("python", "-m") and words[1].startswith("mlx_realign."):
+        words = [words[1].removeprefix("mlx_realign."), *words[2:]]
+    else:
+        assert program == "mlx-realign", f"{place(command)}: what is {program}?"
+    words = stand_in(words, model, adapter)
+    words += ["--dry-run"] if words[0] == "train" and not {"--dry-run", "--help"} & set(words) else []
+    words += ["--max-new-tokens", "2"] if words[0] == "generate" else []
+    if words[0] == "demo":  # minutes of training, which the demo's own test does: here its flags
+        demo = importlib.import_module("mlx_realign.demo")
+        flags.parse(demo.Settings, words[1:], prog="demo", doc="")
+        return
+    monkeypatch.setattr(sys, "stdin", io.StringIO("Hello\n"))
+    capsys.readouterr()
+    try:
+        code = cli.entry(words)
+    except SystemExit as done:  # --help
+        code = int(done.code or 0)
+    out, err = capsys.readouterr()
+    assert code == command.code, err
+    if command.output is not None:
+        assert out == command.output
+
+
+def stand_in(words: list[str], model: Path, adapter: Path) -> list[str]:
+    """Our model for the one named (the embedded one as it is, once it is there), our adapter where one is named."""
+    words = list(words)
+    there = (Path(loading.__file__).parent / "assets" / loading.EMBEDDED).is_dir()
+    for i, word in enumerate(words[:-1]):
+        follows = words[i + 1]
+        if word == "--model" and not (there and follows == loading.EMBEDDED and "--adapter" not in words):
+            words[i + 1] = str(model)
+        if word in ("--adapter", "--adapter-path") or (i, word) == (0, "export"):
+            shutil.copytree(adapter, follows, dirs_exist_ok=True)
+            if word == "export":
+                words += ["--model", str(model)] if "--model" not in words else []
+        if word == "--config" and (recipe := config.PACKAGE / "recipes" / f"{follows}.toml").is_file():
+            if folder := tomllib.loads(recipe.read_text()).get("adapter"):
+                shutil.copytree(adapter, folder, dirs_exist_ok=True)
+    return words
+
+
+def check_install(what: str) -> None:
+    """`mlx-realign[cpu]`, `.[cpu]`: this project with extras it has."""
+    package, extras = re.fullmatch(r"([\w.-]+?)(?:\[([\w,]+)\])?", what).groups()  # type: ignore[union-attr]
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert package in (".", project["name"])
+    assert set((extras or "").split(",")) - {""} <= set(project["optional-dependencies"])
+
+
+# ---------------------------------------------------------------------------------------------------------------- rows
+
+
+@pytest.mark.parametrize("block", ROWS, ids=place)
+def test_every_example_row_is_good(block: Block, model: Path, tmp_path: Path):
+    from mlx_lm.utils import load_tokenizer
+
+    path = tmp_path / block.tags["file"]
+    path.write_text(block.text)
+    method = block.tags["method"]
+    read_as = method if method in data.FORMATS else methods.find(method).FORMAT
+    found = validate(path, read_as, tokenizer=load_tokenizer(model), max_length=1024)
+    count = len(block.text.splitlines())
+    if "refused" in block.tags:
+        assert len(found["bad"]) == count
+    else:
+        assert (found["good"], found["bad"], found["warnings"]) == (count, [], [])
+        assert found["over_max_length"]["rows"] == 0
+
+
+WITH_PYTHON = [page for page in PAGES if any(block.page == name(page) for block in every("python"))]
+
+
+@pytest.mark.parametrize("page", WITH_PYTHON, ids=name)
+def test_the_python_of_a_page_runs_from_top_to_bottom(page: Path, desk: Path, model: Path, adapter: Path, capsys: Any):
+    names: dict[str, Any] = {}
+    shutil.copytree(adapter, "sft-out")
+    for block in every("python"):
+        if block.page == name(page):
+            text = block.text.replace('"tiny-chat"', repr(str(model)))
+            exec(compile("\n" * (block.line - 1) + text, str(page), "exec"), names)  # noqa: S102 - our own pages
+
+
+# ------------------------------------------------------------------------------------------------- methods and settings
+
+
+@pytest.mark.parametrize("method", methods.names())
+@pytest.mark.parametrize("page", [GUIDE, SKILL], ids=["guide", "skill"])
+def test_every_method_has_its_section_with_all_parts(page: Path, method: str):
+    text = sections(page)[method]
+    for part in METHOD_PARTS:
+        assert re.search(rf"\*\*[^*]*{part}[^*]*\*\*", text, re.IGNORECASE), f"{name(page)}, {method}: no {part}"
+    assert f"method={method}" in text
+    assert re.search(rf"^mlx-realign train --(config|method) {method} ", text, re.MULTILINE)
+
+
+@pytest.mark.parametrize("method", methods.names())
+def test_metrics_to_watch_are_those_a_run_writes(method: str, desk: Path, model: Path):
+    words = ["train", "--method", method, "--model", model, "--data", f"{method}-data", "--output", "out", "--steps", 1]
+    assert cli.entry([str(word) for word in words]) == 0
+    rows = [json.loads(line) for line in Path("out/metrics.jsonl").read_text().splitlines()]
+    written = set().union(*rows)
+    for page in (GUIDE, SKILL):
+        watch = re.search(
+            r"\*\*(?:What to watch|Watch).*?(?=\n\n\*\*|\n- \*\*|\n```)", sections(page)[method], re.DOTALL
+        )
+        assert watch
+        named = set(re.findall(r"`([a-z_/]+)`", watch[0]))
+        assert named and named <= written, f"{name(page)}: {named - written}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name)
+def test_every_flag_and_path_a_page_names_exists(page: Path):
+    text = page.read_text(encoding="utf-8")
+    known = set(FOREIGN_FLAGS)
+    settings = [config.TrainSettings, *(methods.find(method).Config for method in methods.names())]
+    for module, _ in cli.commands().values():
+        found = vars(importlib.import_module(module))
+        settings += [value for key, value in found.items() if key.endswith("Settings") and isinstance(value, type)]
+    for cls in settings:
+        for field in flags.fields_of(cls).values():
+            known |= {field.flag, field.flag.replace("--", "--no-", 1)}
+    known |= {"--method", "--config"}
+    for flag in set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", re.sub(r"<!--.*?-->", "", text))):
+        if not re.search(rf"(make|benchmarks/|docs/).*{flag}", text):
+            assert flag in known, f"{name(page)}: {flag} is no flag"
+    for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", text):
+        assert (page.parent / target).exists(), f"{name(page)}: {target} is not there"
+    for path in re.findall(r"`((?:mlx_realign|tests|docs|benchmarks|kernels|\.github)/[\w./-]*)`", text):
+        assert (ROOT / path).exists(), f"{name(page)}: {path} is not there"
+
+
+def test_the_skill_has_front_matter_for_assistants():
+    head, _, body = SKILL.read_text(encoding="utf-8").removeprefix("---\n").partition("\n---\n")
+    keys = dict(re.findall(r"^(\w+):(.*)$", head, re.MULTILINE))
+    assert keys["name"].strip() == SKILL.stem
+    assert all(method in keys["description"] for method in methods.names())
+    triggers = re.findall(r"^  - (.+)$", head, re.MULTILINE)
+    assert len(triggers) >= 5 and "triggers" in keys
+    assert body.lstrip().startswith("# ")
+
+
+def test_the_file_tree_of_the_readme_is_the_one_there_is():
+    (tree,) = [block for block in every("text") if "tree" in block.tags]
+    named, folder = [], ROOT
+    for line in tree.text.splitlines():
+        folder = folder if line.startswith(" ") else ROOT
+        paths = [folder / word for word in re.split(r" {2,}", line.strip())[0].split()]
+        assert all(path.exists() for path in paths), line
+        folder = paths[0] if not line.startswith(" ") else folder
+        named += paths
+    package = ROOT / "mlx_realign"
+    for command in cli.commands():
+        assert any(path in (package / f"{command}.py", package / command) for path in named), f"{command} is missing"
+
+
+# ------------------------------------------------------------------------------------------------------------ backends
+
+BACKENDS = runpy.run_path(str(ROOT / "docs/backends.py"))
+
+
+def test_every_cell_of_the_backend_matrix_has_a_level_and_evidence():
+    found = BACKENDS["load"]()
+    cells = [(method, cell["column"]) for cell in found["cells"] for method in cell["methods"]]
+    assert sorted(cells) == sorted((method, column) for method in methods.names() for column in found["columns"])
+    for cell in found["cells"]:
+        assert cell["level"] in ("full", "experimental", "none")
+        assert len(cell["evidence"].split()) >= 8
+        assert all((ROOT / path).is_file() for path in cell["proof"])
+        if cell["level"] == "full":
+            assert any(path.startswith("tests/test_") for path in cell["proof"])
+
+
+def test_the_tables_in_guide_and_skill_are_made_from_the_data(capsys: pytest.CaptureFixture[str]):
+    assert BACKENDS["main"](["--check"]) == 0, capsys.readouterr().out
+    found = BACKENDS["load"]()
+    found["cells"][0]["level"] = "none"
+    for page in (GUIDE, SKILL):
+        text = page.read_text(encoding="utf-8")
+        assert BACKENDS["placed"](text, BACKENDS["render"](found)) != text
