@@ -2,6 +2,7 @@
 """Losses against numbers derived elsewhere: formulas in float64 NumPy, and gradients by finite differences."""
 
 import math
+from typing import Literal
 
 import mlx.core as mx
 import numpy as np
@@ -69,7 +70,7 @@ def test_at_the_reference_the_loss_is_ln_2():
     at_reference = pair()._replace(chosen=mx.array(REF_CHOSEN), rejected=mx.array(REF_REJECTED))
     for smoothing in (0.0, 0.3):
         values = losses.sigmoid(at_reference, beta=0.7, label_smoothing=smoothing)
-        assert mx.abs(values - math.log(2)).max().item() <= 1e-7
+        assert np.abs(np.array(values) - math.log(2)).max() <= 1e-7
 
 
 def test_sigmoid_stays_finite_far_out():
@@ -124,8 +125,8 @@ def test_several_rejected_make_a_pair_each_with_the_chosen_of_their_prompt():
     scores = Scores(mx.array([[-10.0 * i] for i in range(9)]), mx.zeros((9, 1)), mx.zeros((9, 1)))
     found = losses.pairs(scores, batch)
     expected = [(0, 1), (0, 2), (0, 3), (4, 5), (7, 6), (7, 8)]
-    assert [(-c / 10, -r / 10) for c, r in zip(found.chosen.tolist(), found.rejected.tolist(), strict=True)] == expected
-    assert [(-c, -r) for c, r in zip(found.ref_chosen.tolist(), found.ref_rejected.tolist(), strict=True)] == expected
+    np.testing.assert_array_equal(np.stack([found.chosen, found.rejected], 1) / -10, expected)
+    np.testing.assert_array_equal(-np.stack([found.ref_chosen, found.ref_rejected], 1), expected)
     out = dpo.loss(scores, batch, dpo.Config(beta=0.1))
     margins = np.array([0.1 * ((-9 * c) - (-9 * r)) for c, r in expected])
     assert out.count.item() == 6
@@ -160,7 +161,7 @@ def test_dpo_and_its_metrics():
 
 
 @pytest.mark.parametrize("kind", ["nll", "dft"])
-def test_sft_sums_over_trained_tokens_and_nothing_else(kind: str):
+def test_sft_sums_over_trained_tokens_and_nothing_else(kind: Literal["nll", "dft"]):
     batch = make_batch([[0, 1, 1], [1, 0, 0], [0, 0, 0]], [0, 1, 2], [0, 0, 0])
     scores = make_scores(batch)
     noise = mx.where(batch.mask, 0.0, -7.0)  # what stands at untrained positions must not matter

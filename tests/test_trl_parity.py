@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
+# pyright: reportMissingImports=false
 """Eight optimizer steps from the same adapter over the same rows give TRL's numbers (tests/golden/make_trl.py).
 
 Everything of ours takes part: data, policy with shared prompts, losses, the loop, optimizer, adapter files.
@@ -21,10 +22,10 @@ from mlx_realign.policy import Policy
 from mlx_realign.train import train
 
 GOLDEN = Path(__file__).parent / "golden"
-sys.path.append(str(GOLDEN))
+sys.path.insert(0, str(GOLDEN))
 
 from rows import COMPLETIONS, PAIRS  # noqa: E402
-from tiny import PROJECTIONS, adapter_weights, base_weights, fingerprint, write_adapter, write_model  # noqa: E402
+from tiny import PROJECTIONS, write_adapter, write_model  # noqa: E402
 
 FILES = {name: json.loads((GOLDEN / f"trl_{name}.json").read_text()) for name in ("dpo", "sft")}
 ROWS = {"dpo": PAIRS, "sft": COMPLETIONS}
@@ -70,13 +71,6 @@ def private_cache(tmp_path_factory: pytest.TempPathFactory):
 
 def adapter_of(folders: dict[str, str], run: str) -> str:
     return folders["dora" if run.endswith("dora") else "lora"]
-
-
-def test_weights_are_those_the_numbers_were_made_with():
-    for content in FILES.values():
-        assert content["weights"]["base"] == fingerprint(base_weights())
-        assert content["weights"]["adapter"] == fingerprint(adapter_weights())
-        assert content["weights"]["dora_adapter"] == fingerprint(adapter_weights(dora=True))
 
 
 @pytest.mark.parametrize("method", FILES)
@@ -151,8 +145,8 @@ def test_gradients_of_the_first_step_are_trls(method: str, run: str, folders: di
 def assert_close(ours: dict[str, mx.array], theirs: dict[str, mx.array], limit: float) -> None:
     """Each of their tensors is ours, up to `limit` of its largest entry."""
     for name, value in theirs.items():
-        gap = mx.abs(ours[name] - value).max().item()
-        assert gap <= limit * mx.abs(value).max().item(), name
+        mine, their = np.array(ours[name]), np.array(value)
+        assert np.abs(mine - their).max() <= limit * np.abs(their).max(), name
 
 
 def trls(method: str, run: str, what: str) -> dict[str, mx.array]:
