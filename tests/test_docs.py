@@ -245,13 +245,13 @@ def test_the_file_tree_of_the_readme_is_the_one_there_is():
         assert any(path in (package / f"{command}.py", package / command) for path in named), f"{command} is missing"
 
 
-# ------------------------------------------------------------------------------------------------------------ backends
+# -------------------------------------------------------------------------------------------------------------- tables
 
-BACKENDS = runpy.run_path(str(ROOT / "docs/backends.py"))
+TABLES = runpy.run_path(str(ROOT / "docs/tables.py"))
 
 
 def test_every_cell_of_the_backend_matrix_has_a_level_and_evidence():
-    found = BACKENDS["load"]()
+    found = TABLES["load_backends"]()
     cells = [(method, cell["column"]) for cell in found["cells"] for method in cell["methods"]]
     assert sorted(cells) == sorted((method, column) for method in methods.names() for column in found["columns"])
     for cell in found["cells"]:
@@ -262,10 +262,23 @@ def test_every_cell_of_the_backend_matrix_has_a_level_and_evidence():
             assert any(path.startswith("tests/test_") for path in cell["proof"])
 
 
-def test_the_tables_in_guide_and_skill_are_made_from_the_data(capsys: pytest.CaptureFixture[str]):
-    assert BACKENDS["main"](["--check"]) == 0, capsys.readouterr().out
-    found = BACKENDS["load"]()
+def test_the_tables_of_the_pages_are_made_from_the_data(capsys: pytest.CaptureFixture[str]):
+    assert TABLES["main"](["--check"]) == 0, capsys.readouterr().out
+    found = TABLES["load_backends"]()
     found["cells"][0]["level"] = "none"
     for page in (GUIDE, SKILL):
         text = page.read_text(encoding="utf-8")
-        assert BACKENDS["placed"](text, BACKENDS["render"](found)) != text
+        assert TABLES["placed"](text, "docs/backends.toml", TABLES["backends"](found)) != text
+    assert TABLES["begin"]("benchmarks/baselines") in (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_numbers_name_the_best_peer_of_each_kind():
+    run = {"mlx-realign": (2.0, 1.5), "quick": (3.0, 4.0), "lean": (5.0, 1.2)}
+    contestants = {label: {"seconds": s, "maxrss_gb": gb} for label, (s, gb) in run.items()}
+    machine = {"processor": "Some CPU", "cores": 2, "system": "linux"}
+    found = {"cases": {"dpo": {"about": "DPO", "contestants": contestants}}, "machine": machine, "rounds": 2}
+    text = TABLES["peers"](found | {"model": "M", "versions": {"quick": "1.0"}})
+    assert "| DPO | 2.00 | 3.00 (quick) | 1.50 | 1.50 | 1.20 (lean) |" in text
+    result = {"method": "dpo", "goal": "polite", "changes": "a voice", "seconds": 20.4}
+    text = TABLES["demo"]([result | {"before": {"polite": 0.1}, "after": {"polite": 0.95}}])
+    assert "| dpo | polite: a voice | 10% | 95% | 20 |" in text

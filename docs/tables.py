@@ -1,0 +1,118 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Writes the tables of the pages from data files: backends.toml into guide and skill, measured numbers into README.
+
+python docs/tables.py            (writes)
+python docs/tables.py --check    (exit code 1 when a table is not what the data says)
+
+Numbers are the last line that `benchmarks/peers.py` prints, saved as benchmarks/baselines/peers-<machine>.json, and the
+lines of `mlx-realign demo --json`, saved as benchmarks/baselines/demo-<machine>.jsonl.
+"""
+
+import json
+import sys
+import tomllib
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent.parent
+BASELINES = ROOT / "benchmarks/baselines"
+OURS = "mlx-realign"
+END = "<!-- end -->"
+
+
+def load_backends() -> dict[str, Any]:
+    """columns, and cells as they stand in the file."""
+    return tomllib.loads((ROOT / "docs/backends.toml").read_text(encoding="utf-8"))
+
+
+def backends(data: dict[str, Any]) -> str:
+    """The matrix, method x column, and below it the evidence of each group of cells."""
+    columns = data["columns"]
+    levels = {(method, cell["column"]): cell["level"] for cell in data["cells"] for method in cell["methods"]}
+    methods = list(dict.fromkeys(method for method, _ in levels))
+    lines = [row("method", *columns), row(*["---"] * (len(columns) + 1))]
+    lines += [row(method, *(levels[method, column] for column in columns)) for method in methods]
+    lines += ["", "Evidence:", ""]
+    for column in columns:
+        for cell in (cell for cell in data["cells"] if cell["column"] == column):
+            proof = f" ({', '.join(f'`{path}`' for path in cell['proof'])})" if cell["proof"] else ""
+            lines.append(f"- {column}, {', '.join(cell['methods'])}: **{cell['level']}**; {cell['evidence']}{proof}.")
+    return "\n".join(lines)
+
+
+def peers(found: dict[str, Any]) -> str:
+    """One row per case: our seconds, the fastest peer's, their ratio; our peak memory and the leanest peer's."""
+    head = ["seconds of a step (epoch: of it all)", "ours", "fastest peer", "ratio", "peak GB, ours", "leanest peer"]
+    lines = [row(*head), row(*["---"] * len(head))]
+    for case in found["cases"].values():
+        ours = case["contestants"][OURS]
+        others = {label: one for label, one in case["contestants"].items() if label != OURS}
+        fast = min(others, key=lambda label: others[label]["seconds"])
+        lean = min(others, key=lambda label: others[label]["maxrss_gb"])
+        times = (ours["seconds"], others[fast]["seconds"])
+        memory = (f"{ours['maxrss_gb']:.2f}", f"{others[lean]['maxrss_gb']:.2f} ({lean})")
+        ratio = f"{times[1] / times[0]:.2f}"
+        lines.append(row(case["about"], f"{times[0]:.2f}", f"{times[1]:.2f} ({fast})", ratio, *memory))
+    machine = found["machine"]
+    packages = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
+    lines += [
+        "",
+        f"{found['model']}, float32, on {machine['cores']} cores ({machine['processor']}), each run of ours",
+    ]
+    lines[-1] += f" beside one of a peer, median of {found['rounds']} rounds; memory is the process's peak. {packages}."
+    return "\n".join([*lines, "Again: `python benchmarks/peers.py`, whose first lines say how."])
+
+
+def demo(results: list[dict[str, Any]]) -> str:
+    """One row per method of the demo: share of held-out replies before and after, seconds."""
+    lines = [row("`make demo`", "what it should change", "before", "after", "seconds"), row(*["---"] * 5)]
+    for one in results:
+        before, after = (f"{one[when][one['goal']]:.0%}" for when in ("before", "after"))
+        lines.append(row(one["method"], f"{one['goal']}: {one['changes']}", before, after, f"{one['seconds']:.0f}"))
+    return "\n".join(lines)
+
+
+def numbers(folder: Path = BASELINES) -> str:
+    """Every table of measured numbers there are data for."""
+    tables = []
+    for path in sorted(folder.glob("demo-*.jsonl")):
+        tables.append(demo([json.loads(line) for line in path.read_text().splitlines() if line.strip()]))
+    tables += [peers(json.loads(path.read_text())) for path in sorted(folder.glob("peers-*.json"))]
+    return "\n\n".join(tables)
+
+
+def row(*cells: str) -> str:
+    """A line of a table."""
+    return f"| {' | '.join(cells)} |"
+
+
+def placed(text: str, source: str, table: str) -> str:
+    """The page with the table made from `source` replaced."""
+    mark = begin(source)
+    before, _, rest = text.partition(mark)
+    return f"{before}{mark}\n{table}\n{END}{rest.partition(END)[2]}"
+
+
+def begin(source: str) -> str:
+    """The comment a table made from `source` begins with."""
+    return f"<!-- made from {source} by docs/tables.py -->"
+
+
+def main(argv: list[str]) -> int:
+    """Write, or with --check compare."""
+    made = {"docs/backends.toml": backends(load_backends()), "benchmarks/baselines": numbers()}
+    stale = []
+    for page in (ROOT / "README.md", ROOT / "docs/training-methods.md", ROOT / ".claude/skills/training-methods.md"):
+        old = new = page.read_text(encoding="utf-8")
+        for source, table in made.items():
+            new = placed(new, source, table) if begin(source) in new else new
+        if old != new:
+            stale.append(page.relative_to(ROOT).as_posix())
+            if "--check" not in argv:
+                page.write_text(new, encoding="utf-8")
+    print("\n".join(f"{'stale' if '--check' in argv else 'written'}: {page}" for page in stale) or "up to date")
+    return int(bool(stale) and "--check" in argv)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1:]))
