@@ -1,64 +1,74 @@
 # SPDX-License-Identifier: Apache-2.0
 """Checkpoints that are whole or absent: written under another name, synced, renamed. `kill -9` leaves the last one.
 
-A checkpoint is a folder: trained weights, optimizer state, and state.json with the position in the run, the settings
-and a checksum of each file. Random numbers are functions of (seed, step): position and seed are all there is to restore.
+A checkpoint is a folder: the adapter as mlx-lm reads it (with full fine-tuning weights.safetensors), the optimizer's
+arrays, and state.json with the position in the run and a checksum of each file. Random numbers are functions of the
+seed and the position, so these are all there is to restore.
 """
 
 import errno
 import hashlib
 import json
 import os
+import re
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.optimizers import Optimizer
-from mlx.utils import tree_flatten, tree_unflatten
 
+from . import adapter
 from .errors import UserError
+from .optim import Updater, flat
 
-WEIGHTS, OPTIMIZER, STATE = "weights.safetensors", "optimizer.safetensors", "state.json"
+ADAPTER, WEIGHTS = "adapters.safetensors", "weights.safetensors"
+OPTIMIZER, STATE = "optimizer.safetensors", "state.json"
 
 
 class DiskFull(Exception):
-    """A checkpoint could not be written; the ones before it are untouched."""
+    """Something could not be written; the message says what and why, and what was written before is untouched."""
 
 
-def save(folder: Path, model: nn.Module, optimizer: Optimizer, state: dict[str, Any]) -> None:
-    """Write a checkpoint at `folder`, atomically. Raises DiskFull with the reason when it cannot be written."""
+def save(folder: Path, model: nn.Module, optimizer: Updater, state: dict[str, Any], *, base_model: str) -> None:
+    """Write a checkpoint at `folder`, whole or not at all. Raises DiskFull with the reason when it cannot be."""
     temporary = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
+    arrays, weights = optimizer.state(), flat(model.trainable_parameters())
     try:
         temporary.mkdir(parents=True)
-        mx.save_safetensors(str(temporary / WEIGHTS), dict(tree_flatten(model.trainable_parameters())))
-        mx.save_safetensors(str(temporary / OPTIMIZER), _arrays(optimizer.state))
-        sums = {name: _checksum(temporary / name) for name in (WEIGHTS, OPTIMIZER)}
+        if adapter.adapters_of(model):
+            adapter.save(model, temporary, base_model=base_model)
+            prove_whole(temporary / ADAPTER)
+        else:
+            write_arrays(temporary / WEIGHTS, weights)
+        write_arrays(temporary / OPTIMIZER, arrays)
+        sums = {file.name: _checksum(file) for file in sorted(temporary.iterdir())}
         (temporary / STATE).write_text(json.dumps(state | {"files": sums}, indent=1))
         for file in temporary.iterdir():
-            _sync(file)
+            sync(file)
         shutil.rmtree(folder, ignore_errors=True)
         temporary.rename(folder)
-        _sync(folder.parent)
+        sync(folder.parent)
     except (OSError, RuntimeError) as error:
-        full = getattr(error, "errno", None) == errno.ENOSPC or shutil.disk_usage(folder.parent).free < 1 << 20
         shutil.rmtree(temporary, ignore_errors=True)
-        raise DiskFull(f"{'the disk is full' if full else error}; {folder} was not written") from error
+        raise DiskFull(cannot_write(folder, error, [*arrays.values(), *weights.values()])) from error
 
 
 def newest(root: Path) -> Path | None:
     """The checkpoint of the highest step, or None."""
-    found = sorted(root.glob("step-*"), key=lambda p: int(p.name.removeprefix("step-")))
-    return found[-1] if found else None
+    return next(iter(reversed(_steps(root))), None)
 
 
 def read_state(folder: Path) -> dict[str, Any]:
     """state.json of a checkpoint, its files proven whole; UserError naming the file that is not."""
+    state: dict[str, Any] = {}
     try:
         state = json.loads((folder / STATE).read_text())
         broken = [name for name, digest in state["files"].items() if _checksum(folder / name) != digest]
+    except FileNotFoundError as error:
+        broken = [f"{Path(error.filename).name} is missing"]
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         broken = [STATE]
     if broken:
@@ -69,41 +79,86 @@ def read_state(folder: Path) -> dict[str, Any]:
     return state
 
 
-def restore(folder: Path, model: nn.Module, optimizer: Optimizer) -> None:
-    """Put weights and optimizer state of a checkpoint back, bit for bit."""
-    model.load_weights(str(folder / WEIGHTS), strict=False)
-    optimizer.state = tree_unflatten(list(mx.load(str(folder / OPTIMIZER)).items()))
-    mx.eval(model.trainable_parameters(), optimizer.state)
+def restore(folder: Path, model: nn.Module, optimizer: Updater | None) -> None:
+    """Put weights (and optimizer state) of a checkpoint back, bit for bit. UserError where it is of another model."""
+    path = folder / (ADAPTER if (folder / ADAPTER).exists() else WEIGHTS)
+    weights, wanted = load_arrays(path), flat(model.trainable_parameters())
+    if any(name not in weights or weights[name].shape != value.shape for name, value in wanted.items()):
+        raise UserError(f"--resume: the checkpoint {folder} is of another model or adapter")
+    model.load_weights(list(weights.items()), strict=False)
+    mx.eval(model.parameters())
+    if optimizer:
+        optimizer.restore(load_arrays(folder / OPTIMIZER))
 
 
-def prune(root: Path, keep: int, spare: Path | None = None) -> None:
-    """Delete all but the newest `keep` checkpoints and `spare`, and what a killed run left half written."""
-    found = sorted(root.glob("step-*"), key=lambda p: int(p.name.removeprefix("step-")))
-    for folder in [*found[:-keep], *root.glob(".step-*.tmp")]:
-        if folder != spare:
+def prune(root: Path, keep: int, best: Path | None = None) -> None:
+    """Delete all but the newest `keep` checkpoints and the best one, and what a killed run left half written."""
+    for folder in [*_steps(root)[:-keep], *root.glob(".step-*.tmp")]:
+        if folder != best:
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """A text file that is whole or as it was before."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text)
-    _sync(temporary)
-    temporary.replace(path)
+def write_arrays(path: Path, arrays: dict[str, mx.array]) -> None:
+    """A safetensors file. OSError or RuntimeError where it could not be written in full."""
+    mx.save_safetensors(str(path), arrays, metadata={"format": "mlx"})
+    prove_whole(path)
 
 
-def _arrays(state: Any) -> dict[str, mx.array]:
-    return {name: value for name, value in tree_flatten(state) if isinstance(value, mx.array)}
-
-
-def _checksum(path: Path) -> str:
+def prove_whole(path: Path) -> None:
+    """OSError where a safetensors file is shorter than its own header says."""
+    size = path.stat().st_size
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "blake2b").hexdigest()[:32]
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length)) if 8 + length <= size else {}
+    header.pop("__metadata__", None)
+    expected = 8 + length + max((entry["data_offsets"][1] for entry in header.values()), default=0)
+    if size != expected:
+        raise OSError(f"{path.name} has {size} bytes where {expected} were written")
 
 
-def _sync(path: Path) -> None:
+def load_arrays(path: Path) -> dict[str, mx.array]:
+    """All arrays of a safetensors file."""
+    arrays = mx.load(str(path))
+    assert isinstance(arrays, dict)
+    return arrays
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """A text file that is whole or as it was before. Raises DiskFull when it cannot be written."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        temporary.write_text(text)
+        sync(temporary)
+        temporary.replace(path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise DiskFull(cannot_write(path, error)) from error
+
+
+def cannot_write(path: Path, error: Exception, arrays: Sequence[mx.array] = ()) -> str:
+    """One sentence on why `path` was not written; MLX's writer does not say that the disk is full, so it is asked."""
+    there = next(folder for folder in path.absolute().parents if folder.exists())
+    free, needed = shutil.disk_usage(there).free, sum(value.nbytes for value in arrays)
+    if getattr(error, "errno", None) == errno.ENOSPC or free < max(needed, 1 << 20):
+        return f"{path} cannot be written: the disk is full ({free / 1e6:.1f} MB free, {needed / 1e6:.1f} MB needed)"
+    return f"{path} cannot be written: {error}"
+
+
+def sync(path: Path) -> None:
+    """Have the system put a file or folder on the disk itself."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def _steps(root: Path) -> list[Path]:
+    """Checkpoints in the order of their steps."""
+    found = [folder for folder in root.glob("step-*") if re.fullmatch(r"step-\d+", folder.name)]
+    return sorted(found, key=lambda folder: int(folder.name.removeprefix("step-")))
+
+
+def _checksum(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "blake2b").hexdigest()[:32]

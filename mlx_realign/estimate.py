@@ -1,28 +1,82 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Memory and time of a run before it starts, by computing one real micro-batch of it."""
+"""A run in numbers before it starts; memory and time by computing one real micro-batch of it."""
 
 import time
+from collections.abc import Callable
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
 
-from .policy import Policy
+from .data import Dataset
+from .optim import flat
+from .progress import duration
+
+QUICK_S = 5.0  # a first measurement shorter than this is made again: it includes warming up
+SAMPLED_ROWS = 200
 
 
-def estimate(policy: Policy, loop: Any) -> dict[str, Any]:
-    """peak_memory_gb from the widest micro-batch of the first epoch, seconds from its time per token."""
-    plan = loop.plan(0)
-    sizes = [int(loop.rows.sizes[rows].sum()) for rows in plan]
-    widest = int(np.argmax(sizes))
-    window = loop.collate([loop.rows[int(i)] for i in plan[widest]])
-    mx.reset_peak_memory()
-    started = time.perf_counter()
-    policy.gradients(window.batch, loop.loss)
-    per_token = (time.perf_counter() - started) / sizes[widest]
-    optimizer_gb = 2 * 4 * policy.trained / 1e9  # two float32 moments per trained parameter
-    seconds = per_token * float(np.mean(sizes)) * loop.micro
+def facts(loop: Any) -> dict[str, Any]:
+    """What the run is about to do."""
+    policy, settings, feed = loop.policy, loop.settings, loop.feed
+    report = feed.rows.report
     return {
-        "estimated_peak_memory_gb": round(mx.get_peak_memory() / 1e9 + optimizer_gb, 3),
-        "estimated_time_s": round(seconds, 1),
+        "model": f"{policy.name}, {policy.parameters / 1e6:.1f}M parameters, {str(policy.dtype).rpartition('.')[2]}",
+        "trained_parameters": policy.trained,
+        "trained_share": f"{policy.trained / policy.parameters:.3%}",
+        "rows": len(feed.rows),
+        "tokens": report["tokens"],
+        "trained_tokens": report["trained_tokens"],
+        "eval_rows": len(feed.held_out) if feed.held_out else 0,
+        "micro_batches_per_epoch": feed.per_epoch,
+        "steps": feed.steps,
+        "learning_rate": loop.peak_rate,
+        "optimizer": f"{settings.optimizer}, {settings.lr_schedule} after {settings.warmup_steps} steps of warm-up",
     }
+
+
+def estimate(loop: Any) -> dict[str, Any]:
+    """Peak memory (MLX's own, GB) from the widest micro-batch of the first epoch, time from its seconds per token.
+
+    Nothing of the policy or the folder changes.
+    """
+    policy, feed = loop.policy, loop.feed
+    plan = feed.plan(0)
+    sizes = [int(feed.rows.sizes[rows].sum()) for rows in plan]
+    widest = int(np.argmax([_padded(feed.rows, rows) for rows in plan]))
+    reference_s = 0.0
+    if feed.reference:
+        sample = np.linspace(0, len(feed.rows) - 1, min(len(feed.rows), SAMPLED_ROWS)).astype(int)
+        missing = np.mean([feed.reference.find(feed.rows[int(i)]) is None for i in sample])
+        bare = feed.bare([feed.rows[int(i)] for i in plan[widest]])
+        reference_s = _seconds(lambda: policy.totals(bare)) * float(missing) if missing else 0.0
+    batch = feed.collate(feed.rows, plan[widest]).batch
+    mx.reset_peak_memory()
+    step_s = _seconds(lambda: policy.gradients(batch, loop.loss))
+    sum_of_window = sum(value.nbytes for value in flat(policy.model.trainable_parameters()).values())
+    peak = mx.get_peak_memory() + (sum_of_window if loop.settings.gradient_accumulation > 1 else 0)
+    seconds = step_s / sizes[widest] * float(np.mean(sizes)) * feed.micro
+    seconds += reference_s / sizes[widest] * sum(sizes[: feed.micro])
+    return {
+        "estimated_peak_memory_gb": round(peak / 1e9, 3),
+        "estimated_time_s": round(seconds, 1),
+        "estimated_time": f"{duration(seconds)}, {seconds / feed.steps:.1f} s a step; evaluations come on top",
+    }
+
+
+def _padded(rows: Dataset, places: np.ndarray) -> int:
+    """Tokens of a micro-batch with its padding."""
+    completions = int(rows.num_completions[places].sum())
+    longest = int(rows.prompt_lengths[places].max()), int(rows.completion_lengths[places].max())
+    return len(places) * longest[0] + completions * longest[1]
+
+
+def _seconds(run: Callable[[], Any]) -> float:
+    took = 0.0
+    for _ in range(2):
+        started = time.perf_counter()
+        run()
+        took = time.perf_counter() - started
+        if took > QUICK_S:
+            break
+    return took

@@ -1,15 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From a name to a model in memory: local folder, hub id or the embedded tiny-chat, in a dtype this device is good at."""
+"""From a name to a model in memory: local folder, hub id or the embedded tiny-chat, in a dtype to suit the device."""
 
-from collections.abc import Collection
-from hashlib import sha256
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
-import numpy as np
-from mlx.utils import tree_flatten, tree_map_with_path
+from mlx.utils import tree_map_with_path
 from mlx_lm import utils as mlx_lm_utils
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
@@ -83,27 +80,6 @@ def load(
     model.eval()
     mx.eval(model.parameters())
     return Loaded(model, tokenizer, config, folder, notes)
-
-
-def weights_hash(model: nn.Module, without: Collection[str] = ()) -> str:
-    """A fingerprint of the weights from a sample of every tensor, but those whose last name is in `without`."""
-    parameters = tree_flatten(model.parameters())
-    return _hash([(path, value) for path, value in parameters if path.rpartition(".")[2] not in without])
-
-
-def frozen_hash(model: nn.Module) -> str:
-    """The same of the weights that are not trained."""
-    trained = {path for path, _ in tree_flatten(model.trainable_parameters())}
-    return _hash([(path, value) for path, value in tree_flatten(model.parameters()) if path not in trained])
-
-
-def _hash(tensors: list[tuple[str, mx.array]]) -> str:
-    digest = sha256()
-    for path, value in sorted(tensors, key=lambda item: item[0]):
-        flat = value.reshape(-1)
-        sample = flat[:: max(1, flat.size // 256)].astype(mx.float32)
-        digest.update(f"{path} {value.shape} {value.dtype}".encode() + np.array(sample).tobytes())
-    return digest.hexdigest()[:16]
 
 
 def _fetch(name: str) -> Path:

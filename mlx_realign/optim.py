@@ -1,40 +1,114 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Optimizers of mlx.optimizers by name, the learning rate as a function of the step, and the global gradient norm."""
+"""Optimizers of mlx.optimizers by name, the learning rate as a function of the step, the global gradient norm.
+
+An adapter is hundreds of small matrices, and a dozen tiny operations on each would cost more than the arithmetic in
+them. Rules that work entry by entry (Adam, AdamW, SGD, Lion) get all small tensors as one vector.
+"""
 
 import math
 from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
 import mlx.optimizers as optim
-from mlx.utils import tree_flatten, tree_map
+from mlx.utils import tree_flatten, tree_map_with_path, tree_unflatten
 
 from .config import TrainSettings
 
+SMALL = 1 << 18  # entries; a larger tensor is worth its own operations, and packing it would cost a copy of it
+ENTRYWISE = ("adamw", "adam", "sgd", "lion")
+
+Tree = dict[str, Any]
+
+
+class Updater:
+    """The optimizer of a run, its state included."""
+
+    def __init__(self, settings: TrainSettings, parameters: Tree) -> None:
+        self.limit = settings.max_grad_norm
+        self.small = SMALL if settings.optimizer in ENTRYWISE else 0
+        self.rule = make(settings)
+        self.rule.init(self.pack(parameters))
+        mx.eval(self.rule.state)
+
+    def clip(self, grads: Tree, count: mx.array) -> tuple[dict[str, mx.array], mx.array]:
+        """grads / count with its global norm clipped, packed; and that norm before, float32. Nothing is computed yet.
+
+        grads: tree of sums over the window; count: float32 scalar, units in the window.
+        """
+        packed = self.pack(grads)
+        norm = mx.sqrt(mx.stack([mx.square(g.astype(mx.float32)).sum() for g in packed.values()]).sum()) / count
+        scale = (mx.minimum(self.limit / (norm + 1e-6), 1.0) if self.limit else 1.0) / count
+        return {name: g * scale.astype(g.dtype) for name, g in packed.items()}, norm
+
+    def update(self, model: nn.Module, packed: dict[str, mx.array], rate: float) -> None:
+        """Move the trainable parameters of `model` by clipped gradients, at this learning rate; evaluated."""
+        for part in getattr(self.rule, "optimizers", [self.rule]):
+            part.learning_rate = rate
+        like = model.trainable_parameters()
+        new = self.rule.apply_gradients(packed, self.pack(like))
+        model.update(self.unpack(new, like))
+        del like, new, packed  # so that the new values may take the memory of the old ones
+        mx.eval(model.trainable_parameters(), self.rule.state)
+
+    def pack(self, tree: Tree) -> dict[str, mx.array]:
+        """Small tensors as one vector per dtype, others as they are; names without dots, which would nest them."""
+        whole: dict[str, mx.array] = {}
+        small: dict[str, list[mx.array]] = {}
+        for path, value in flat(tree).items():
+            if value.size < self.small:
+                small.setdefault(_name(value), []).append(value.reshape(-1))
+            else:
+                whole[path.replace(".", "/")] = value
+        return whole | {name: mx.concatenate(parts) for name, parts in small.items()}
+
+    def unpack(self, packed: dict[str, mx.array], like: Tree) -> Tree:
+        """The inverse of `pack`."""
+        taken: dict[str, int] = {}
+        found = []
+        for path, value in flat(like).items():
+            if value.size < self.small:
+                name = _name(value)
+                start = taken.get(name, 0)
+                taken[name] = start + value.size
+                found.append((path, packed[name][start : start + value.size].reshape(value.shape)))
+            else:
+                found.append((path, packed[path.replace(".", "/")]))
+        return tree_unflatten(found)
+
+    def state(self) -> dict[str, mx.array]:
+        """The optimizer's arrays by name: moments, step and learning rate."""
+        return {name: value for name, value in flat(self.rule.state).items() if isinstance(value, mx.array)}
+
+    def restore(self, saved: dict[str, mx.array]) -> None:
+        """Put the arrays of `state` back. KeyError where one is missing."""
+        self.rule.state = tree_map_with_path(lambda name, _: saved[name], self.rule.state)
+        mx.eval(self.rule.state)
+
+
+def flat(tree: Any) -> dict[str, mx.array]:
+    """Path -> array of a tree's leaves, in the tree's order."""
+    return dict(tree_flatten(tree))  # type: ignore[arg-type]  # typed as a list or a dict; without options it is a list
+
 
 def make(settings: TrainSettings) -> optim.Optimizer:
-    """The optimizer; Adam and AdamW with bias correction, which MLX leaves off and every published recipe has on."""
+    """The rule; Adam and AdamW with bias correction, which MLX leaves off and every published recipe has on."""
     decay = settings.weight_decay
     match settings.optimizer:
         case "adamw":
             return _adamw(decay)
         case "adam":
-            return optim.Adam(learning_rate=0.0, bias_correction=True)
+            return _adamw(0.0)
         case "sgd":
             return optim.SGD(learning_rate=0.0, weight_decay=decay)
         case "lion":
             return optim.Lion(learning_rate=0.0, weight_decay=decay)
         case "adafactor":
             return optim.Adafactor(learning_rate=0.0, relative_step=False, scale_parameter=False, weight_decay=decay)
-        case "muon":  # its orthogonalised update is for matrices; vectors and embeddings take AdamW
+        case "muon":  # its orthogonalised update is for hidden matrices; vectors, embeddings and heads take AdamW
             muon = optim.Muon(learning_rate=0.0, weight_decay=decay)
-            return optim.MultiOptimizer([muon, _adamw(decay)], [lambda path, x: x.ndim == 2 and "embed" not in path])
+            return optim.MultiOptimizer([muon, _adamw(decay)], [_is_hidden_matrix])
     raise ValueError(settings.optimizer)
-
-
-def set_learning_rate(optimizer: optim.Optimizer, rate: float) -> None:
-    """For the next update, of every part of the optimizer."""
-    for part in getattr(optimizer, "optimizers", [optimizer]):
-        part.learning_rate = rate
 
 
 def learning_rate(settings: TrainSettings, peak: float, step: int, steps: int) -> float:
@@ -50,14 +124,16 @@ def learning_rate(settings: TrainSettings, peak: float, step: int, steps: int) -
     return peak
 
 
-def clip(grads: dict[str, Any], limit: float) -> tuple[dict[str, Any], mx.array]:
-    """Gradients scaled so that their global norm is at most `limit` (0: as they are), and the norm before, float32."""
-    norm = mx.sqrt(sum((mx.square(g.astype(mx.float32)).sum() for _, g in tree_flatten(grads)), mx.array(0.0)))
-    if not limit:
-        return grads, norm
-    scale = mx.minimum(limit / (norm + 1e-6), 1.0)
-    return tree_map(lambda g: g * scale.astype(g.dtype), grads), norm
-
-
 def _adamw(decay: float) -> optim.Optimizer:
+    if not decay:  # AdamW would still make a pass over all parameters, to multiply them by 1
+        return optim.Adam(learning_rate=0.0, bias_correction=True)
     return optim.AdamW(learning_rate=0.0, weight_decay=decay, bias_correction=True)
+
+
+def _name(value: mx.array) -> str:
+    """Of the vector that a small tensor belongs to: its dtype."""
+    return str(value.dtype).rpartition(".")[2]
+
+
+def _is_hidden_matrix(path: str, value: mx.array) -> bool:
+    return value.ndim == 2 and "embed" not in path and "lm_head" not in path

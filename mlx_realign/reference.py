@@ -1,59 +1,115 @@
 # SPDX-License-Identifier: Apache-2.0
 """Reference log-probs as data: computed once per row by the policy itself, kept on disk, used by every later run.
 
-A number is stored under the policy it is of (weights, starting adapter, dtype) and the row's key (its tokens and mask):
-a changed model, adapter, template, length or row misses exactly the entries it must.
+A number is stored under the policy it is of (weights, adapter, config, dtype) and the row's key (its tokens and mask):
+a changed model, adapter, template, length or row misses exactly the entries it must. The first number computed for a
+row is the one that stays, so a run that goes on after a crash sees what it saw before.
 """
 
-import hashlib
+import json
 import sqlite3
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from hashlib import blake2b
 
 import mlx.core as mx
 import numpy as np
 
+from . import fingerprint
 from .batch import Batch, Example
 from .data import cache_dir
-from .loading import weights_hash
 from .policy import Policy
 
-ADAPTER = ("lora_a", "lora_b", "m")
+VERSION = 1  # raise it when the same policy gives the same row another number
+FILE = "reference.sqlite"
 
 
 class Reference:
     """Answers with the summed log-prob of every completion of a batch under the reference policy."""
 
-    def __init__(self, policy: Policy, kind: str) -> None:
-        self.policy, self.kind = policy, kind
-        with policy.reference(kind):
-            unmoved = (
-                kind == "base" or policy.starts_at_base
-            )  # then the adapter says nothing, whatever its rank or seed
-            owner = f"{weights_hash(policy.model, ADAPTER if unmoved else ())} {policy.dtype}"
-        self.owner = hashlib.sha256(owner.encode()).hexdigest()[:32]
-        cache_dir().mkdir(parents=True, exist_ok=True)
-        self.store = sqlite3.connect(cache_dir() / "reference.sqlite", timeout=60)
-        self.store.execute(
-            "create table if not exists logps (owner text, row text, value blob, primary key (owner, row))"
-        )
+    def __init__(self, policy: Policy, kind: str, base: str, say: Callable[[str], None]) -> None:
+        """kind: "init" or "base" (Policy.reference); base: fingerprint.base of the model; say: for the user."""
+        self.policy, self.kind, self.say = policy, kind, say
+        with policy.reference(kind):  # a fresh adapter says nothing yet, whatever its rank or seed
+            plain = kind == "base" or policy.starts_at_base
+            adapter = "" if plain else fingerprint.adapters(policy.model)
+        facts = [VERSION, base, adapter, str(policy.dtype), policy.config]
+        self.owner = blake2b(json.dumps(facts, default=str, sort_keys=True).encode(), digest_size=16).hexdigest()
+        self.memory: dict[str, np.ndarray] = {}  # what could not be stored
+        self.store = self._open()
         self.computed = 0
+        self.sealed = False
 
     def totals(self, examples: Sequence[Example], batch: Batch) -> mx.array:
         """float32 [R], nats, summed over the trained tokens; rows not stored are computed through the same batch."""
-        found = [self._find(example) for example in examples]
+        found = [self.find(example) for example in examples]
         if any(values is None for values in found):
+            if self.sealed:
+                raise RuntimeError("the policy has moved, and the reference of a row was not computed before")
             with self.policy.reference(self.kind):
-                fresh = np.array(self.policy.totals(batch))
+                fresh = np.array(self.policy.totals(batch)).astype("<f4")
             counts = [len(example.completions) for example in examples]
-            found = np.split(fresh, np.cumsum(counts)[:-1])
-            rows = [(self.owner, e.key, v.astype("<f4").tobytes()) for e, v in zip(examples, found, strict=True)]
-            with self.store:
-                self.store.executemany("insert or replace into logps values (?, ?, ?)", rows)
-            self.computed += len(rows)
-        return mx.array(np.concatenate(found))
+            pieces = np.split(fresh, np.cumsum(counts)[:-1])
+            new = {e.key: own for e, own, old in zip(examples, pieces, found, strict=True) if old is None}
+            self._keep(new)
+            found = [new.get(e.key, old) for e, old in zip(examples, found, strict=True)]
+        return mx.array(np.concatenate([values for values in found if values is not None]))
 
-    def _find(self, example: Example) -> np.ndarray | None:
-        query = "select value from logps where owner = ? and row = ?"
-        row = self.store.execute(query, (self.owner, example.key)).fetchone()
-        values = np.frombuffer(row[0], "<f4") if row else None
+    def seal(self) -> None:
+        """From here on the policy is no longer able to answer: full fine-tuning has moved it."""
+        self.sealed = True
+
+    def find(self, example: Example) -> np.ndarray | None:
+        """float32 [completions] as stored, or None."""
+        values = self.memory.get(example.key)
+        if values is None and self.store:
+            query = "select value from logps where owner = ? and row = ?"
+            try:
+                row = self.store.execute(query, (self.owner, example.key)).fetchone()
+            except sqlite3.DatabaseError as error:
+                self._give_up(error)
+                return None
+            values = np.frombuffer(row[0], "<f4") if row and len(row[0]) % 4 == 0 else None
         return values if values is not None and len(values) == len(example.completions) else None
+
+    def _keep(self, new: dict[str, np.ndarray]) -> None:
+        self.computed += len(new)
+        if self.store:
+            rows = [(self.owner, key, values.tobytes()) for key, values in new.items()]
+            try:
+                with self.store:
+                    self.store.executemany("insert or replace into logps values (?, ?, ?)", rows)
+                return
+            except sqlite3.DatabaseError as error:
+                self._give_up(error)
+        self.memory |= new
+
+    def _open(self) -> sqlite3.Connection | None:
+        """The store; a damaged one is begun anew, one that cannot be written is done without."""
+        path = cache_dir() / FILE
+        for attempt in range(2):
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                store = sqlite3.connect(path, timeout=60)
+                store.execute("pragma journal_mode = wal")
+                store.execute("pragma synchronous = normal")  # a commit per micro-batch need not wait for the disk
+                store.execute(
+                    "create table if not exists logps (owner text, row text, value blob, primary key (owner, row))"
+                )
+                store.execute("select owner, row, value from logps limit 1").fetchone()
+                return store
+            except (sqlite3.DatabaseError, OSError) as error:
+                if attempt or isinstance(error, sqlite3.OperationalError | OSError) and "column" not in str(error):
+                    self._give_up(error)
+                    return None
+                self.say(f"the reference cache {path} is damaged ({error}); it is begun anew")
+                for name in (FILE, f"{FILE}-wal", f"{FILE}-shm"):
+                    (path.parent / name).unlink(missing_ok=True)
+        return None
+
+    def _give_up(self, error: Exception) -> None:
+        """Go on without the disk: this run's numbers are kept in memory."""
+        self.say(
+            f"the reference cache {cache_dir() / FILE} cannot be used ({error}); its numbers are kept in memory, for "
+            "this run only. Delete the file, or set MLX_REALIGN_CACHE to another folder"
+        )
+        self.store = None

@@ -1,8 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The output folder of a run: config.json, metrics.jsonl, checkpoints, the adapter; and what may go on in it."""
+"""The output folder of a run: config.json, metrics.jsonl, checkpoints, the result; and what may go on in it."""
 
+import importlib
 import json
+import math
+import os
 import platform
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -11,41 +15,39 @@ from pathlib import Path
 from typing import Any, TextIO
 
 import mlx.core as mx
-from mlx.utils import tree_flatten
 
 from . import adapter, checkpoint
 from .config import TrainSettings
 from .errors import UserError
+from .optim import flat
 from .policy import Policy
 
-# What may differ between a run and its continuation: none of it moves a weight.
-FREE = {
-    "resume",
-    "output",
-    "keep",
-    "save_every",
-    "json",
-    "report_to",
-    "dry_run",
-    "memory_limit",
-    "grad_checkpoint",
-    "data",
+# What may differ between a run and its continuation: none of it moves a weight. Model, data and starting adapter are
+# compared by content, wherever they lie.
+FREE = "resume output keep save_every json report_to dry_run memory_limit grad_checkpoint trust_remote_code".split()
+BY_CONTENT = {
+    "model": "--model has other weights",
+    "adapter": "--adapter, or the policy's own adapter, starts from other weights",
+    "data": "--data has other rows, or they became other tokens",
+    "eval_data": "--eval-data has other rows, or they became other tokens",
 }
+FULL_MODEL = "model"  # the folder, inside the output, of a fully fine-tuned model
+WEIGHTS_OR_INDEX = (".safetensors", ".bin", ".gguf", ".index.json", ".pth", ".h5", ".msgpack", ".onnx")
 
 
 class MetricsFile:
-    """One JSON object per line, on disk as soon as it is written; also sent to a tracker where one is asked for."""
+    """One JSON object per line, in the file as soon as it is written; also sent to a tracker where one is asked for."""
 
     def __init__(self, file: TextIO, tracker: Any) -> None:
         self.file, self.tracker = file, tracker
 
     def write(self, row: dict[str, Any]) -> None:
-        """Append a row."""
+        """Append a row. Raises DiskFull."""
         try:
-            self.file.write(json.dumps(row) + "\n")
+            self.file.write(as_json(row) + "\n")
             self.file.flush()
         except OSError as error:
-            raise checkpoint.DiskFull(f"metrics.jsonl cannot be written ({error})") from error
+            raise checkpoint.DiskFull(checkpoint.cannot_write(Path(self.file.name), error)) from error
         if self.tracker:
             self.tracker.log({k: v for k, v in row.items() if k != "step"}, step=row["step"])
 
@@ -53,100 +55,153 @@ class MetricsFile:
 class RunFolder:
     """Paths and rules of one output folder."""
 
-    def __init__(self, root: Path, settings: TrainSettings, method: str, own: Any) -> None:
-        self.root, self.settings, self.method, self.own = root, settings, method, own
-        self.checkpoints = root / "checkpoints"
-        self.config, self.metrics_path = root / "config.json", root / "metrics.jsonl"
+    def __init__(self, settings: TrainSettings, method: str, own: Any) -> None:
+        self.root = Path(settings.output).expanduser()
+        self.settings, self.method, self.own = settings, method, own
+        self.checkpoints = self.root / "checkpoints"
+        self.config, self.metrics_path = self.root / "config.json", self.root / "metrics.jsonl"
+        self.found: Path | None = None  # the checkpoint to go on from
+        self.state: dict[str, Any] = {}  # and what it says
 
-    def refuse_other_run(self) -> None:
-        """UserError where the folder holds a run and this is no continuation, or there is nothing to go on from."""
+    def check(self) -> None:
+        """UserError where the folder cannot be used: a run in it and no --resume, or --resume and no run in it.
+
+        Called before the model is loaded, so that a damaged checkpoint is told at once.
+        """
+        tracker_module(self.settings.report_to)
         if self.root.exists() and not self.root.is_dir():
             raise UserError(f"--output {self.root}: is a file; name a folder")
-        if self.metrics_path.exists() and not self.settings.resume:
-            raise UserError(
-                f"--output {self.root}: holds a run already; --resume goes on with it, or name another folder"
-            )
-        if self.settings.resume and not self.metrics_path.exists():
+        self.found = checkpoint.newest(self.checkpoints)
+        if not self.settings.resume:
+            marks = (self.metrics_path, self.root / checkpoint.ADAPTER, self.root / FULL_MODEL)
+            if self.found or any(mark.exists() for mark in marks):
+                raise UserError(
+                    f"--output {self.root}: holds a run already; --resume goes on with it, or name another folder"
+                )
+        elif not self.metrics_path.exists():
             raise UserError(f"--resume: {self.root} holds no run to go on with")
-        if self.settings.resume and (newest := checkpoint.newest(self.checkpoints)):
-            checkpoint.read_state(newest)  # a damaged one is refused before the model is loaded
+        elif self.found:
+            self.state = checkpoint.read_state(self.found)
 
-    def open(self, facts: dict[str, Any]) -> None:
-        """Create the folder and write config.json: settings as resolved, versions, machine, what was found at load."""
-        self.root.mkdir(parents=True, exist_ok=True)
-        versions = {name: metadata.version(name) for name in ("mlx-realign", "mlx", "mlx-lm", "transformers", "numpy")}
-        machine = {"platform": platform.platform(), "device": str(mx.default_device()), **_plain(mx.device_info())}
+    def open(self, run: dict[str, str], facts: dict[str, Any]) -> None:
+        """Create the folder and write config.json; going on, hold this call against the one that began.
+
+        run: content hashes by the names of BY_CONTENT. UserError names every difference. config.json has the settings
+        as resolved, versions, the machine and what was found at load.
+        """
+        run = self._identity(run)
+        if self.settings.resume:
+            self._refuse_difference(run)
+            self._cut_metrics(self.state.get("step", 0))
+            return
+        names = ("mlx-realign", "mlx", "mlx-lm", "transformers", "numpy")
         content = {
             "method": self.method,
             "settings": asdict(self.settings),
             "method_settings": asdict(self.own),
             "facts": facts,
-            "versions": versions,
-            "machine": machine,
+            "run": run,
+            "versions": {name: metadata.version(name) for name in names},
+            "machine": {"platform": platform.platform(), "device": str(mx.default_device()), **mx.device_info()},
         }
+        try:
+            self.root.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"--output {self.root}: cannot be made: {error.strerror or error}") from error
         checkpoint.write_atomically(self.config, json.dumps(content, indent=1, default=str))
 
-    def identity(self, fingerprint: str) -> dict[str, Any]:
+    def _identity(self, run: dict[str, str]) -> dict[str, Any]:
         """What a continuation must have in common with the run."""
-        same = {name: value for name, value in asdict(self.settings).items() if name not in FREE}
-        return {"method": self.method, "data": fingerprint, **same, **asdict(self.own)}
+        same = {k: v for k, v in asdict(self.settings).items() if k not in FREE and k not in BY_CONTENT}
+        return json.loads(json.dumps({"method": self.method, **same, **asdict(self.own), **run}))
 
-    def refuse_difference(self, before: dict[str, Any], fingerprint: str) -> None:
-        """UserError naming every setting in which this call differs from the run it wants to go on with."""
-        now = json.loads(json.dumps(self.identity(fingerprint)))
+    def _refuse_difference(self, now: dict[str, Any]) -> None:
+        try:
+            before = json.loads(self.config.read_text())["run"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(f"--resume: {self.config} is missing or damaged; start again in another folder") from error
         told = [
-            f"{name.replace('_', '-')} was {before.get(name)}, now {now.get(name)}"
-            for name in now
-            if before.get(name) != now[name]
+            BY_CONTENT.get(name) or f"--{name.replace('_', '-')} was {before[name]} and is now {value}"
+            for name, value in now.items()
+            if name in before and before[name] != value
         ]
         if told:
-            raise UserError(f"--resume: {self.root} was made with other data or settings: {'; '.join(told)}")
+            raise UserError(
+                f"--resume: the run in {self.root} was made with other data or settings: {'; '.join(told)}. "
+                "Give it what it began with, or name another --output"
+            )
 
     @contextmanager
     def metrics(self) -> Iterator[MetricsFile]:
         """metrics.jsonl, open for appending."""
-        tracker = _tracker(self.settings.report_to, self.root.name)
-        with self.metrics_path.open("a") as file:
-            yield MetricsFile(file, tracker)
+        tracker = tracker_module(self.settings.report_to)
         if tracker:
-            tracker.finish()
+            tracker.init(project="mlx-realign", name=self.root.name)
+        try:
+            with self.metrics_path.open("a", encoding="utf-8") as file:
+                yield MetricsFile(file, tracker)
+        finally:
+            if tracker:
+                tracker.finish()
 
-    def cut_metrics(self, step: int) -> None:
+    def last_row(self) -> dict[str, Any]:
+        """The last row of metrics.jsonl that is of a step, or {}."""
+        rows = [json.loads(line) for line in self.metrics_path.read_text().splitlines()]
+        return next((row for row in reversed(rows) if "loss" in row), {})
+
+    def _cut_metrics(self, step: int) -> None:
         """Drop rows after a step: the ones a killed run wrote after its last checkpoint, half a line included."""
         kept = []
-        for line in self.metrics_path.read_text().splitlines():
+        for line in self.metrics_path.read_text(errors="replace").splitlines():
             try:
                 if json.loads(line)["step"] <= step:
-                    kept.append(line)
-            except ValueError:
+                    kept.append(line + "\n")
+            except (ValueError, TypeError, KeyError):  # half a line
                 continue
-        checkpoint.write_atomically(self.metrics_path, "".join(line + "\n" for line in kept))
+        checkpoint.write_atomically(self.metrics_path, "".join(kept))
 
-    def write_weights(self, policy: Policy) -> None:
-        """The result: an adapter folder that mlx-lm reads as it is, or with --full the whole model."""
+    def write_result(self, policy: Policy) -> Path:
+        """An adapter folder that mlx-lm reads as it is; with --full a model folder inside. Returns where. DiskFull."""
+        target = self.root / FULL_MODEL if self.settings.full else self.root
+        weights = flat(policy.model.parameters()) if self.settings.full else adapter.state(policy.model)
         try:
             if self.settings.full:
-                weights = dict(tree_flatten(policy.model.parameters()))
-                mx.save_safetensors(str(self.root / "model.safetensors"), weights, metadata={"format": "mlx"})
-                (self.root / "model_config.json").write_text(json.dumps(policy.config, indent=1))
+                write_model(policy, target)
             else:
-                adapter.save(policy.model, self.root, base_model=policy.name)
+                adapter.save(policy.model, target, base_model=policy.name)
+                checkpoint.prove_whole(target / checkpoint.ADAPTER)
         except (OSError, RuntimeError) as error:
-            raise checkpoint.DiskFull(f"the result cannot be written to {self.root} ({error})") from error
+            raise checkpoint.DiskFull(checkpoint.cannot_write(target, error, [*weights.values()])) from error
+        return target
 
 
-def _plain(info: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in info.items() if isinstance(value, str | int | float)}
+def write_model(policy: Policy, folder: Path) -> None:
+    """A Hugging Face model folder: dense weights, config.json, and tokenizer and other small files of the original."""
+    temporary = folder.with_name(f".{folder.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    for file in policy.folder.iterdir():
+        if file.is_file() and file.name != "config.json" and not file.name.endswith(WEIGHTS_OR_INDEX):
+            shutil.copyfile(file, temporary / file.name)
+    dense = {k: v for k, v in policy.config.items() if k not in ("quantization", "quantization_config")}
+    dense |= {"torch_dtype": str(policy.dtype).rpartition(".")[2]}
+    (temporary / "config.json").write_text(json.dumps(dense, indent=1))
+    checkpoint.write_arrays(temporary / "model.safetensors", flat(policy.model.parameters()))
+    for file in temporary.iterdir():
+        checkpoint.sync(file)
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(temporary, folder)
 
 
-def _tracker(name: str, run: str) -> Any:
-    if name == "none":
-        return None
-    from importlib import import_module
+def as_json(row: dict[str, Any]) -> str:
+    """One line; a number that is not finite, which JSON has no word for, becomes null."""
+    finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
+    return json.dumps(finite, allow_nan=False)
 
+
+def tracker_module(name: str) -> Any:
+    """The library of --report-to, or None. UserError where it is not installed."""
     try:
-        library = import_module(name)
+        return None if name == "none" else importlib.import_module(name)
     except ImportError as error:
         raise UserError(f"--report-to {name}: not installed; pip install {name}") from error
-    library.init(project="mlx-realign", name=run)
-    return library

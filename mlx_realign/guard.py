@@ -1,0 +1,111 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What ends a run early: numbers that make no sense, a first step that teaches nothing, Ctrl-C."""
+
+import math
+import os
+import signal
+import statistics
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import mlx.core as mx
+
+from . import fingerprint
+from .optim import flat
+
+EXPLODED = 1000.0  # a gradient norm so many times the median of the last ones stops the run
+REMEMBERED, ENOUGH = 100, 10  # norms of the last steps; fewer than this many say nothing about what is usual
+LINES_SHOWN = 40
+
+
+class Fault(Exception):
+    """Training cannot go on; the message says why, and the last good checkpoint stays."""
+
+
+class Interrupted(Exception):
+    """Stopped by the user after a checkpoint was saved."""
+
+
+class Norms:
+    """Gradient norms of the last steps, and what to make of the next one."""
+
+    def __init__(self) -> None:
+        self.last: list[float] = []
+
+    def refuse(self, step: int, loss: float, norm: float, lines: Sequence[tuple[Sequence[int], mx.array]]) -> None:
+        """Raises Fault for a loss or norm that is not finite, or a norm far above the usual; else remembers the norm.
+
+        lines: of each micro-batch the line numbers of its rows, and its summed loss.
+        """
+        usual = statistics.median(self.last) if len(self.last) >= ENOUGH else math.inf
+        bad = [f"{name} is {x}" for name, x in (("loss", loss), ("grad_norm", norm)) if not math.isfinite(x)]
+        if not bad and norm > EXPLODED * max(usual, 1e-3):
+            bad = [f"grad_norm is {norm:.4g}, {norm / usual:.0f} times the usual {usual:.4g}"]
+        if bad:
+            guilty = [own for own, total in lines if not mx.isfinite(total).item()] or [own for own, _ in lines]
+            raise Fault(f"step {step}: {bad[0]}; rows at lines {listed([line for own in guilty for line in own])}")
+        self.last = [*self.last[1 - REMEMBERED :], norm]
+
+
+def refuse_broken_weights(step: int, weights: dict[str, Any]) -> None:
+    """Raises Fault where a weight is not finite: such a state must not become the newest checkpoint."""
+    arrays = flat(weights)
+    finite: Any = mx.stack([mx.isfinite(value).all() for value in arrays.values()]).tolist()
+    broken = [name for name, good in zip(arrays, finite, strict=True) if not good]
+    if broken:
+        raise Fault(f"step {step}: {len(broken)} trained tensors hold NaN or infinity, {broken[0]} among them")
+
+
+def contents(weights: dict[str, Any]) -> dict[str, str]:
+    """Path -> hash of each tensor of a tree."""
+    return {path: fingerprint.of([(path, value)]) for path, value in flat(weights).items()}
+
+
+def prove_learning(before: dict[str, str], weights: dict[str, Any], norm: float, rate: float) -> int:
+    """Number of trained tensors that the first optimizer step moved. Raises Fault where it can teach nothing.
+
+    before: `contents` of the trained weights before the step, whose gradient had this norm.
+    """
+    if norm == 0:
+        raise Fault(
+            "step 1: the gradient is zero, so nothing would be learned. Are the completions of a row alike, "
+            "or is every token masked? mlx-realign data show FILE shows what is trained"
+        )
+    moved = sum(before[path] != now for path, now in contents(weights).items())
+    if not moved:
+        raise Fault(
+            f"step 1: no trained weight moved, although the gradient's norm is {norm:.4g}: a step of {rate:.2g} is "
+            "lost in rounding. Raise --learning-rate, or train in --dtype float32"
+        )
+    return moved
+
+
+@contextmanager
+def interruptible() -> Iterator[Callable[[], bool]]:
+    """Inside, the first Ctrl-C only leaves a mark (the yielded function tells); the second one ends at once."""
+    asked: list[int] = []
+
+    def note(number: int, frame: Any) -> None:
+        if asked:
+            raise KeyboardInterrupt
+        asked.append(number)
+        # Not through a buffered stream: the signal may have come in the middle of a write to it.
+        os.write(2, b"\nstopping after this step, with a checkpoint; once more stops at once without\n")
+
+    try:
+        before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    except ValueError:  # not in the main thread: the caller's own business
+        before = {}
+    try:
+        yield lambda: bool(asked)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def listed(lines: Sequence[int]) -> str:
+    """Line numbers for a message: in order, each once, not too many."""
+    found = sorted(set(lines))
+    shown = ", ".join(map(str, found[:LINES_SHOWN]))
+    return f"{shown} and {len(found) - LINES_SHOWN} more" if len(found) > LINES_SHOWN else shown
