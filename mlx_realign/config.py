@@ -132,7 +132,9 @@ def parse(argv: Sequence[str]) -> Run:
     if method is None:
         if "-h" in words or "--help" in words:
             _print_help(None)
-        raise UserError(f"--method is needed: one of {', '.join(_methods().names())}.")
+        meant = next((word for word in words if nearest(word.split("=")[0], ["--method"])), None)
+        hint = f" {meant} is no flag; did you mean --method?" if meant else ""
+        raise UserError(f"--method is needed: one of {', '.join(_methods().names())}.{hint}")
     fields = _fields(method)
     try:
         flags = scan(words, fields)
