@@ -353,6 +353,20 @@ def test_random_conversations_train_exactly_what_the_assistant_said(template):
     assert dataset.report["counts"].get("seams", 0) == seams
 
 
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_borders_found_by_special_tokens_are_the_tokenised_prompts_own(template, monkeypatch):
+    """The short cut against the longest common prefix with the tokenised prompt, with special texts in the rows."""
+    rng = random.Random(1)
+    pieces = ["a", "b", " ", "\n", "\n\n", "<|im_start|>", "<|im_end|>", "<|header|>", "<|end|>", "assistant\n", "</s>"]
+    text = lambda: "".join(rng.choices(pieces, k=rng.randint(1, 6))) + "z"  # noqa: E731
+    rows = [{"prompt": text(), "chosen": text(), "rejected": "y" + text()} for _ in range(200)]
+    tokenizer = bytes_tokenizer([("Ċ", "Ċ"), ("ĊĊ", "Ċ"), ("ĊĊ", "a")], template)
+    quick = load_rows(rows, tokenizer, "pairs")
+    monkeypatch.setattr("mlx_realign.data.chat._quick_border", lambda *_: None)
+    slow = load_rows([*rows, {"prompt": "a", "chosen": "b", "rejected": "c"}], tokenizer, "pairs")
+    assert [e.key for e in quick] == [e.key for e in slow][:-1]
+
+
 def test_generation_prompts_and_stop_ids():
     tokenizer = words_tokenizer("chatml")
     ids = {token: tokenizer.convert_tokens_to_ids(token) for token in ("</s>", "<|im_end|>", "a", "\n")}

@@ -47,17 +47,25 @@ class Words:
         self.eos_id: int | None = self.base.eos_token_id
         self.bos_id: int | None = self.base.bos_token_id
         added = getattr(self.base, "added_tokens_decoder", {})
-        self._special = set(self.base.all_special_ids) | set(added)
+        special = [*self.base.all_special_ids, *added]
+        self._is_special = np.zeros(max(special, default=0) + 2, bool)  # by token id; the last entry is all others
+        self._is_special[special] = True
         self.special_texts = tuple(str(token) for token in (*self.base.all_special_tokens, *added.values()))
         self.parts = False  # the template wants content as a list of typed parts
         self.end_token, self.tail = self._find_end_token() if self.has_template else (None, "")
         self.end_id: int | None = self.base.convert_tokens_to_ids(self.end_token) if self.end_token else None
+        self.header, self.header_ids = self._find_header() if self.has_template else ("", np.zeros(0, np.int32))
+        self.header_token: str = self.base.convert_ids_to_tokens(int(self.header_ids[0])) if self.header else ""
 
     @property
     def stop_ids(self) -> set[int]:
         """Ids that end a completion: the model's end tokens and the one its template puts after a turn."""
         ids = set(self.outer.eos_token_ids) if self.outer is not self.base else set()
         return ids | {i for i in (self.eos_id, self.end_id) if i is not None}
+
+    def special_positions(self, ids: np.ndarray) -> np.ndarray:
+        """Indices of the special tokens among ids."""
+        return np.flatnonzero(self._is_special[np.minimum(ids, len(self._is_special) - 1)])
 
     def encode(self, texts: Sequence[str], *, special: bool = False, offsets: bool = False) -> list[Encoded]:
         """Tokenise whole texts. special: let the tokenizer add BOS (raw text only, a template writes its own)."""
@@ -138,7 +146,7 @@ class Words:
         longer = self.render([[*talk, ask]], {}, generate=False)[0]
         middle = last if isinstance(longer, RowError) else longer.rpartition(_SENTINEL)[2]
         ids, others = (self.encode([suffix])[0].ids for suffix in (last, middle))
-        special = [i for i in range(len(ids)) if int(ids[i]) in self._special]
+        special = self.special_positions(ids).tolist()
         if not special:
             return None, ""
         at = special[0]
@@ -146,6 +154,35 @@ class Words:
             at += 1
         token = self.base.convert_ids_to_tokens(int(ids[at]))
         return token, last.partition(token)[2]
+
+    def _find_header(self) -> tuple[str, np.ndarray]:
+        """Text and tokens that every generation prompt ends with, from its last special token on; empty if none."""
+        talk = [{"role": "user", "content": _SENTINEL}]
+        text = self.render([talk], {}, generate=True)[0]
+        if isinstance(text, RowError) or _SENTINEL not in text:
+            return "", np.zeros(0, np.int32)
+        header = text.rpartition(_SENTINEL)[2]
+        ids = self.encode([header])[0].ids
+        special = self.special_positions(ids)
+        if not len(special):
+            return "", np.zeros(0, np.int32)
+        token = self.base.convert_ids_to_tokens(int(ids[special[-1]]))
+        return token + header.rpartition(token)[2], ids[special[-1] :]
+
+
+_known: list[tuple[Any, Any, Words]] = []  # the tokenizers asked for last
+
+
+def words_of(tokenizer: Any) -> Words:
+    """`Words` of a tokenizer, made once: generation asks for every prompt."""
+    template = tokenizer.chat_template
+    for known, its_template, words in _known:
+        if known is tokenizer and its_template == template:
+            return words
+    words = Words(tokenizer)
+    _known.insert(0, (tokenizer, template, words))
+    del _known[4:]
+    return words
 
 
 def common_prefix(a: np.ndarray, b: np.ndarray) -> int:
@@ -170,7 +207,7 @@ def encode_prompt(prompt: str | list[Message], tokenizer: Any, chat_template: bo
     prompt: a string (with a template: one user message) or messages. Raises UserError where messages meet a tokenizer
     without a template, or the template refuses them.
     """
-    words = Words(tokenizer)
+    words = words_of(tokenizer)
     if chat_template and words.has_template:
         talk = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
         text = words.render([talk], {}, generate=True)[0]
@@ -186,7 +223,7 @@ def encode_prompt(prompt: str | list[Message], tokenizer: Any, chat_template: bo
 
 def stop_ids(tokenizer: Any) -> set[int]:
     """Ids that end a completion: the model's end tokens and the one its chat template puts after a turn."""
-    return Words(tokenizer).stop_ids
+    return words_of(tokenizer).stop_ids
 
 
 def open_text(ids: np.ndarray, words: Words) -> np.ndarray:
