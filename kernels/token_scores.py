@@ -116,21 +116,23 @@ def _online(weight: Weight, vocabulary: int, h: mx.array, tokens: mx.array, grad
     """logps, entropy, correct, and the slope [N, D] (a zero where no gradient is asked for)."""
     size = (SLICE_BYTES if _on_cpu() else GPU_SLICE_BYTES) // (4 * tokens.shape[0])
     size = max(2048, size // 1024 * 1024)
-    top = total = weighted = slope = None
+    top = total = weighted = slope = hit = None
     own = mx.zeros((tokens.shape[0], 1))
     for start in range(0, vocabulary, size):
         stop = min(start + size, vocabulary)
-        if top is not None:  # one slice after the other
-            (h,) = mx.depends([h], [total, weighted, slope])
+        if top is not None:  # one slice after the other, and nothing left over that would keep a slice's logits alive
+            (h,) = mx.depends([h], [total, weighted, slope, own, hit])
         logits = weight.logits(h, start, stop).astype(mx.float32)
         place = tokens[:, None] - start
         mine = mx.take_along_axis(logits, mx.clip(place, 0, stop - start - 1), 1)
         own = mx.where((place >= 0) & (place < stop - start), mine, own)
-        high = logits.max(-1, keepdims=True)
+        best = logits.argmax(-1, keepdims=True)
+        high = mx.take_along_axis(logits, best, 1)
         if top is None:
-            shrink, top_now = None, high
+            shrink, top_now, hit = None, high, best == place
         else:
             top_now = mx.maximum(top, high)
+            hit = mx.where(high > top, best == place, hit)  # of equal logits the first counts, as argmax takes it
             shrink = mx.exp(top - top_now)
         e = exp(logits - top_now, negative=True)
         sums = [e.sum(-1, keepdims=True), (e[:, None] @ logits[..., None])[:, 0]]
@@ -141,10 +143,10 @@ def _online(weight: Weight, vocabulary: int, h: mx.array, tokens: mx.array, grad
             before = (total, weighted, slope)
             total, weighted, slope = (a * shrink + b for a, b in zip(before, (*sums, back), strict=True))
         top = top_now
-    assert top is not None and total is not None
+    assert top is not None and total is not None and hit is not None
     lse = top + mx.log(total)
     slope = weight.at(tokens).astype(mx.float32) - slope / total if gradient else mx.array(0.0)
-    return [(own - lse)[:, 0], (lse - weighted / total)[:, 0], (own >= top).astype(mx.float32)[:, 0], slope]
+    return [(own - lse)[:, 0], (lse - weighted / total)[:, 0], hit.astype(mx.float32)[:, 0], slope]
 
 
 def _recomputed(head: Head, module: nn.Module | None, hidden: mx.array, tokens: mx.array) -> Rows:
