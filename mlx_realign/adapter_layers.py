@@ -87,10 +87,8 @@ class DoRALinear(Adapter):
     def __call__(self, x: mx.array) -> mx.array:
         y = low_rank_linear(self, x)
         # Off must mean the base: m has moved by then, so it is left out as well.
-        gain = mx.where(self._scale == 0, 1.0, self.m / self.norm()).astype(y.dtype)
-        if "bias" in self.linear:
-            return y * gain + (1 - gain) * self.linear.bias
-        return y * gain
+        gain = mx.where(self._scale == 0, 1.0, self.m / self.norm())
+        return _amplified(y, gain, self.linear.bias if "bias" in self.linear else None)
 
     def norm(self) -> mx.array:
         """float32 [out]: row norms of W + s (A B)^T, no gradient."""
@@ -184,13 +182,34 @@ def _fused(linear: Base, x: mx.array, a: mx.array, b: mx.array) -> mx.array:
             d = dy @ b.T
             dx = mx.addmm(matmul(linear, dy), d, a.T)
             rows, drows = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
-            da, db = rows.T @ d.reshape(-1, d.shape[-1]), (rows @ a).T @ drows
+            da, db = (d.reshape(-1, d.shape[-1]).T @ rows).T, (rows @ a).T @ drows
             # Lazy: computed only where someone trains the base as well.
             base = [drows.T @ rows, drows.sum(axis=0)][: len(weights)]
         return dx, da, db, *base
 
     y: Any = run(x, a, b, *weights)
     return y
+
+
+def _amplified(y: mx.array, gain: mx.array, bias: mx.array | None) -> mx.array:
+    """gain (y - bias) + bias, exactly y where gain is 1; its gradient needs the result only, so y need not be kept."""
+    stream = mx.default_stream(mx.default_device())
+
+    @mx.custom_function
+    def run(y: mx.array, gain: mx.array) -> Any:
+        gain = gain.astype(y.dtype)
+        return y * gain if bias is None else y * gain + (1 - gain) * bias
+
+    @run.vjp
+    def gradients(primals: tuple[mx.array, ...], dy: mx.array, out: mx.array) -> tuple[mx.array, ...]:
+        _, gain = primals
+        with mx.stream(stream):
+            part = dy * (out if bias is None else out - bias)
+            total = part.astype(mx.float32).reshape(-1, part.shape[-1]).sum(axis=0)
+            return dy * gain.astype(dy.dtype), mx.where(gain == 0, 0, total / gain)
+
+    amplified: Any = run(y, gain)
+    return amplified
 
 
 def matmul(linear: Base, y: mx.array) -> mx.array:

@@ -203,6 +203,8 @@ def test_a_row_of_zeros_does_not_divide_by_zero():
     base.weight = mx.zeros((OUT, IN))
     layer = wrap(base, rank=RANK, scale=SCALE, dropout=0, dora=True, key=KEY)
     assert mx.array_equal(layer(mx.ones((2, IN))), mx.zeros((2, OUT)))
+    gradients = nn.value_and_grad(layer, lambda model: (model(mx.ones((2, IN))) + 1).square().sum())(layer)[1]
+    assert all(mx.isfinite(value).all() for value in dict(tree_flatten(gradients)).values())
 
 
 def test_experts_follow_the_formula():

@@ -66,13 +66,14 @@ def test_stock_mlx_lm_and_we_read_what_was_saved(tiny_model: Callable[..., Any],
     arch, packed, options = CASES[case]
     model = quantized(tiny_model(arch), packed)
     base = model(TOKENS)
-    adapter.attach(model, rank=4, alpha=6, **options)
+    paths = adapter.attach(model, rank=4, alpha=6, **options)
     move(model)
     expected = model(TOKENS)
     assert far(expected, base) > 0.1
     adapter.save(model, tmp_path, base_model="base", extra={"stage": "test"})
     stock = load_adapters(quantized(tiny_model(arch), packed), str(tmp_path))
     assert far(stock(TOKENS), expected) < 1e-5
+    assert {path for path, module in stock.named_modules() if "lora_a" in module} == set(paths)
     ours = quantized(tiny_model(arch), packed)
     file = adapter.load(ours, tmp_path)
     assert mx.array_equal(ours(TOKENS), expected)
