@@ -17,7 +17,7 @@ import os
 import statistics
 import sys
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -113,14 +113,14 @@ def compare(name: str, a: argparse.Namespace, venvs: dict[str, Path], environmen
     rows: dict[str, list[dict]] = {OURS: []} | {c.label: [] for c in field}
     failed: dict[str, str] = {}
 
-    def attempt(label: str, contestant: Contestant | None, count: int, keep: bool = True) -> None:
+    def attempt(label: str, contestant: Contestant | None, job: Case, count: int, keep: bool = True) -> None:
         if label in failed:
             return
         try:
             if contestant is None:
-                done = run.train(case, a.model, a.data, steps=count, flags=a.ours)
+                done = run.train(job, a.model, a.data, steps=count, flags=a.ours)
             else:
-                done = drive(contestant, case, a.model, a.data, count, environments[contestant.peer.name])
+                done = drive(contestant, job, a.model, a.data, count, environments[contestant.peer.name])
         except launch.Failed as error:
             failed[label] = str(error)
             print(f"{name}: {label} failed\n{error}", file=sys.stderr, flush=True)
@@ -132,13 +132,13 @@ def compare(name: str, a: argparse.Namespace, venvs: dict[str, Path], environmen
     everyone: list[tuple[str, Contestant | None]] = [(OURS, None), *((c.label, c) for c in field)]
     if case.goal == "epoch" and not a.no_warm_up:
         for label, contestant in everyone:  # compiled kernels and files are cached by everyone's first run, untimed
-            attempt(label, contestant, workload.WARM_UP_STEPS, keep=False)
+            attempt(label, contestant, replace(case, goal="speed"), workload.WARM_UP_STEPS, keep=False)
     for _ in range(a.rounds):
         peaks.append(launch.matmul_peak_gflops(Path(sys.executable)))
         for label, contestant in everyone[1:] or everyone[:1]:
-            attempt(OURS, None, steps)
+            attempt(OURS, None, case, steps)
             if contestant:
-                attempt(label, contestant, steps)
+                attempt(label, contestant, case, steps)
     peak = statistics.median(peaks)
     return {
         "about": case.about,
