@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from docs_tools import PAGES, ROOT, Block, Command, commands, every, name, sections
 
-from mlx_realign import cli, config, data, flags, loading, methods
+from mlx_realign import cli, config, data, flags, methods
 from mlx_realign.data.validate import validate
 
 GUIDE, SKILL = ROOT / "docs/training-methods.md", ROOT / ".claude/skills/training-methods.md"
@@ -114,12 +114,11 @@ def run_ours(command: Command, model: Path, adapter: Path, monkeypatch: Any, cap
 
 
 def stand_in(words: list[str], model: Path, adapter: Path) -> list[str]:
-    """Our model for the one named (the embedded one as it is, once it is there), our adapter where one is named."""
+    """Our tiny model for the one named, our adapter where one is named."""
     words = list(words)
-    there = (Path(loading.__file__).parent / "assets" / loading.EMBEDDED).is_dir()
     for i, word in enumerate(words[:-1]):
         follows = words[i + 1]
-        if word == "--model" and not (there and follows == loading.EMBEDDED and "--adapter" not in words):
+        if word == "--model":
             words[i + 1] = str(model)
         if word in ("--adapter", "--adapter-path") or (i, word) == (0, "export"):
             shutil.copytree(adapter, follows, dirs_exist_ok=True)
