@@ -4,7 +4,7 @@
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +23,19 @@ _SHOWN = 20
 
 
 def load(
-    path: str | Path | sources.Rows, tokenizer: Any, *, format: str, settings: TrainSettings, split: str = "train"
+    path: str | Path | sources.Rows,
+    tokenizer: Any,
+    *,
+    format: str,
+    settings: TrainSettings,
+    split: str = "train",
+    progress: Callable[[int], None] | None = None,
 ) -> store.Dataset:
     """Tokenise rows of `format` ("sft", "pairs", "unpaired") once and open them from the disk cache.
 
     path: JSONL file, folder with train/valid/test.jsonl (`split` picks), hub dataset id, or a list of dicts.
-    Of settings, chat_template, max_length, truncate and skip_bad_rows count. Raises UserError with every reason
+    Of settings, chat_template, max_length, truncate and skip_bad_rows count. `progress` is called with the number of
+    rows read so far while a file is tokenised (never for one that is cached). Raises UserError with every reason
     (the first 20 rows in full) when rows are bad and skip_bad_rows is off, or too long and truncate is "error".
     """
     if format not in FORMATS:
@@ -42,11 +49,16 @@ def load(
     )
     fingerprint = _fingerprint(source, encoder, format, settings)
     found = store.find(fingerprint)
-    return found if found is not None else _build(source, encoder, format, settings, fingerprint)
+    return found if found is not None else _build(source, encoder, format, settings, fingerprint, progress)
 
 
 def _build(
-    source: Path | sources.Rows, encoder: Encoder, format: str, settings: TrainSettings, fingerprint: str
+    source: Path | sources.Rows,
+    encoder: Encoder,
+    format: str,
+    settings: TrainSettings,
+    fingerprint: str,
+    progress: Callable[[int], None] | None,
 ) -> store.Dataset:
     name = str(source) if isinstance(source, Path) else "rows"
     problems = Problems(name, format, settings)
@@ -54,6 +66,8 @@ def _build(
         for chunk in chunks(source, format, problems):
             if not problems.fatal:  # else only look for what else is wrong
                 writer.add(examples(chunk, encoder, problems))
+            if progress is not None:
+                progress(problems.read)
         problems.check(writer.rows)
         return writer.finish(_report(writer, encoder, problems))
 
