@@ -50,6 +50,15 @@ def test_the_plan_depends_on_seed_and_epoch_alone():
     assert len({tuple(order) for order in orders}) == 3
 
 
+@pytest.mark.parametrize("batch_tokens", [None, 900])
+def test_every_epoch_has_as_many_batches_in_another_order(batch_tokens):
+    """A run counts its steps from the first epoch's plan."""
+    lengths = random_lengths(500)
+    plans = [data.plan(lengths, batch_size=4, batch_tokens=batch_tokens, seed=0, epoch=e) for e in range(5)]
+    assert len({len(plan) for plan in plans}) == 1
+    assert len({tuple(np.concatenate(plan).tolist()) for plan in plans}) == 5
+
+
 def test_without_shuffling_the_order_is_the_files():
     plan = data.plan(random_lengths(10), batch_size=4, seed=0, epoch=3, shuffle=False)
     assert [batch.tolist() for batch in plan] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]

@@ -3,6 +3,7 @@
 
 import io
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -114,8 +115,11 @@ def test_show_colours_trained_tokens_on_a_terminal(tmp_path, model):
     console = Console(force_terminal=True, color_system="standard", width=60, record=True, file=io.StringIO())
     write(rows, console)
     html = console.export_html(inline_styles=True)
-    assert html.count('font-weight: bold">b&lt;|im_end|&gt;</span>') == 1
-    assert html.count('font-weight: bold">c&lt;|im_end|&gt;</span>') == 1
+    spans = re.findall(r'<span style="([^"]*)">([^<]*)</span>', html)
+    green = [text for style, text in spans if "color: #008000" in style and "font-weight: bold" in style]
+    dim = [text for style, text in spans if "color: #7f7f7f" in style]
+    assert green == ["trained", "b&lt;|im_end|&gt;", "c&lt;|im_end|&gt;"]
+    assert dim == ["prompt", "&lt;|im_start|&gt;user", "a&lt;|im_end|&gt;", "&lt;|im_start|&gt;assistant"]
     assert "⟦" not in html
 
 

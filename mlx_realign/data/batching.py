@@ -33,11 +33,13 @@ def plan(
     Shuffled: rows are permuted, sorted by length within pools of 64 batches, cut into batches, and the batches
     shuffled; a function of (seed, epoch) alone. Not shuffled: the order of the file. batch_tokens: most padded tokens
     of a batch (prompts and completions, at the widths `width` rounds to); a row larger than that is a batch by itself.
+    Every epoch has the same number of batches: with batch_tokens their rows depend on the seed alone, their order on
+    the epoch as well.
     """
     n = len(dataset)
     lengths = dataset.prompt_lengths.astype(np.int64) + dataset.completion_lengths
     order = np.arange(n)
-    rng = np.random.default_rng([seed, epoch])
+    rng = np.random.default_rng([seed, 0 if batch_tokens is not None else epoch])
     if shuffle:
         order = rng.permutation(n)
         pool = np.arange(n) // (batch_size * _POOL_BATCHES)
@@ -47,6 +49,7 @@ def plan(
         cuts = _cuts(dataset, order, batch_size, batch_tokens, width)
     batches = np.split(order, cuts) if n else []
     if shuffle:
+        rng = np.random.default_rng([seed, epoch, 1])
         last = [batches.pop()] if batches and len(batches[-1]) < batch_size and batch_tokens is None else []
         batches = [batches[i] for i in rng.permutation(len(batches))] + last
     return batches

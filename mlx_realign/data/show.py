@@ -66,7 +66,7 @@ def write(rows: list[dict[str, Any]], console: Console) -> None:
             name = f"completion {i + 1}: " if len(row["completions"]) > 1 else ""
             lengths = f"{name}{row['prompt_tokens']} + {len(completion['mask'])} tokens, {trained} trained"
             console.print(Text(lengths, style="italic"))
-            text = Text(row["prompt"], style="dim") if not i else Text("")
+            text = Text().append(row["prompt"] if i == 0 else "", "dim")
             for run in completion["runs"]:
                 mark = run["trained"] and not colours
                 text.append(f"⟦{run['text']}⟧" if mark else run["text"], "bold green" if run["trained"] else "")
