@@ -123,6 +123,8 @@ BAD = [
     ("sft", {"messages": [SYSTEM, user("a"), assistant("b")], "system": "s"}, "both 'system' and a system message"),
     ("sft", {"conversations": [{"from": "alien", "value": "a"}]}, "'conversations[0].from' is 'alien'"),
     ("sft", {"prompt": "a", "completion": "b", "tools": "[{"}, "'tools' is a string that is not JSON"),
+    ("sft", {"prompt": "a", "completion": "b\ud800"}, "'completion' holds \\ud800, half of a character, at position 2"),
+    ("sft", {"messages": [user("\udc00"), assistant("b")]}, "'messages[0].content' holds \\udc00"),
     ("pairs", {**PAIR, "rejected": "b"}, "chosen and rejected are the same"),
     ("pairs", {**PAIR, "rejected": [assistant("b")]}, "chosen and rejected are the same"),
     ("pairs", {**PAIR, "rejected": ["c", "b"]}, "chosen and rejected[1] are the same"),

@@ -96,6 +96,20 @@ def test_a_hub_dataset_that_cannot_be_had_is_one_line():
     assert "\n" not in str(e.value)
 
 
+def test_files_other_than_jsonl_are_read_through_datasets(tmp_path, cache):
+    pytest.importorskip("datasets")
+    from mlx_realign.data.hub import _through_datasets
+
+    folder = tmp_path / "owner"
+    folder.mkdir()
+    (folder / "train.csv").write_text("prompt,completion\na,b c\na b,d\nc,e\n")
+    path = _through_datasets(str(folder), "", "train")
+    assert path.is_relative_to(cache)
+    assert [e.key for e in load(path)] == [e.key for e in load(ROWS)]
+    with pytest.raises(UserError, match="split 'test' cannot be read"):
+        _through_datasets(str(folder), "", "test")
+
+
 def test_an_empty_list_and_an_unknown_format_are_refused():
     with pytest.raises(UserError, match="the list of rows is empty"):
         load([])

@@ -6,6 +6,7 @@ import random
 import numpy as np
 import pytest
 from data_tools import TEMPLATES, assistant, bytes_tokenizer, load_rows, picture, user, words_tokenizer
+from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from mlx_realign import data
 from mlx_realign.errors import UserError
@@ -151,6 +152,20 @@ def test_borders_found_by_special_tokens_are_the_tokenised_prompts_own(template,
     monkeypatch.setattr("mlx_realign.data.chat._quick_border", lambda *_: None)
     slow = load_rows([*rows, {"prompt": "a", "chosen": "b", "rejected": "c"}], tokenizer, "pairs")
     assert [e.key for e in quick] == [e.key for e in slow][:-1]
+
+
+def test_a_template_that_is_a_function_is_called_one_conversation_at_a_time():
+    """Some mlx-lm models bring their template as Python code."""
+
+    def chatml(messages, add_generation_prompt=False, **_):
+        text = "".join(f"<|im_start|>{m['role']}\n{m['content']}<|im_end|>\n" for m in messages)
+        return text + ("<|im_start|>assistant\n" if add_generation_prompt else "")
+
+    plain = words_tokenizer("chatml", wrapped=False)
+    expected = picture(plain, load_rows([TWO_TURNS], plain))
+    plain.chat_template = None
+    tokenizer = TokenizerWrapper(plain, chat_template=chatml)
+    assert picture(tokenizer, load_rows([TWO_TURNS], tokenizer)) == expected
 
 
 def test_generation_prompts_and_stop_ids():

@@ -38,7 +38,7 @@ def _message(message: Any, name: str) -> Message:
         content = _parts(content, name)
         message = {**message, "content": content}
     if isinstance(content, str):
-        empty = not content.strip()
+        empty = not _unicode(content, f"{name}.content").strip()
     elif content is None:
         empty = True
     else:
@@ -76,7 +76,16 @@ def check_text(value: Any, name: str) -> str:
         raise RowError(f"'{name}' must be a string, found {kind_of(value)}")
     if not value.strip():
         raise RowError(f"'{name}' is empty")
-    return value
+    return _unicode(value, name)
+
+
+def _unicode(value: str, name: str) -> str:
+    """JSON may hold half of a character that UTF-16 writes as two; no tokenizer takes that."""
+    try:
+        return value if value.isascii() or value.encode() else value
+    except UnicodeEncodeError as error:
+        half = value[error.start].encode("unicode_escape").decode()
+        raise RowError(f"'{name}' holds {half}, half of a character, at position {error.start + 1}") from None
 
 
 def read_transcript(text: str, name: str) -> list[Message]:

@@ -136,7 +136,9 @@ class Problems:
                 "or choose --truncate left (cut the start of the prompt) or --truncate drop (leave them out)."
             )
         if not kept:
-            raise UserError(f"{self.name}: no row is left: {dict(self.counts)} of {self.read} rows were left out")
+            bad, long = self.counts["bad"], self.counts["too_long"]
+            reasons = f"{bad} are bad and {long} too long for --max-length {limit}"
+            raise UserError(f"{self.name}: no row is left: of {self.read} rows {reasons}")
 
 
 def chunks(source: Path | sources.Rows, format: str, problems: Problems) -> Iterator[list[tuple[int, Row]]]:

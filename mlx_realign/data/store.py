@@ -8,6 +8,7 @@ name and renamed when complete, so a folder that exists is whole; one whose byte
 import json
 import os
 import shutil
+import time
 import uuid
 import zlib
 from collections.abc import Iterator
@@ -33,6 +34,7 @@ COLUMNS = {
     "extra_start": np.int64,  # [n + 1] into extra
     "extra": np.uint8,  # JSON of Example.extras, empty where there are none
 }
+_STALE_S = 86_400  # a draft that nobody has added a file to for a day
 
 
 def cache_dir() -> Path:
@@ -98,6 +100,9 @@ class Writer:
 
     def __enter__(self) -> "Writer":
         with _said(self.target):
+            for stale in self.target.parent.glob(f".{self.fingerprint}-*"):  # a process that was killed left it
+                if time.time() - stale.stat().st_mtime > _STALE_S:
+                    shutil.rmtree(stale, ignore_errors=True)
             self.folder.mkdir(parents=True)
             self._files = {name: open(self.folder / name, "wb") for name in COLUMNS}
         for name in ("row_start", "completion_start", "extra_start"):

@@ -39,10 +39,11 @@ class Words:
     def __init__(self, tokenizer: Any):
         self.outer = tokenizer
         self.base = getattr(tokenizer, "_tokenizer", tokenizer) if _is_wrapper(tokenizer) else tokenizer
-        custom = any("encode" in vars(cls) for cls in type(self.base).__mro__ if not _is_library(cls))
-        self.backend = getattr(self.base, "backend_tokenizer", None) if not custom else None
+        own = {name for cls in type(self.base).__mro__ if not _is_library(cls) for name in vars(cls)}
+        self.backend = None if "encode" in own else getattr(self.base, "backend_tokenizer", None)
         self.renderer = getattr(tokenizer, "_chat_template", None) if _is_wrapper(tokenizer) else None
-        self.has_template = bool(getattr(self.base, "chat_template", None)) or self.renderer is not None
+        written = bool(getattr(self.base, "chat_template", None))
+        self.has_template = written or self.renderer is not None or "apply_chat_template" in own
         self.has_markers = self.renderer is None and _has_markers(getattr(self.base, "chat_template", None))
         self.eos_id: int | None = self.base.eos_token_id
         self.bos_id: int | None = self.base.bos_token_id
@@ -91,7 +92,9 @@ class Words:
         talks = [_as_parts(talk) for talk in talks] if self.parts else talks
         if self.renderer is None:
             try:
-                return self.outer.apply_chat_template(list(talks), **kwargs)
+                texts = self.outer.apply_chat_template(list(talks), **kwargs)
+                if isinstance(texts, list) and len(texts) == len(talks):
+                    return texts
             except Exception:  # a template raises what it likes; found one by one below
                 pass
         out: list[str | RowError] = []
