@@ -137,6 +137,10 @@ def test_random_conversations_train_exactly_what_the_assistant_said(template):
         seam = example.prompt.tolist() != prompt
         assert not seam or (example.prompt.tolist() == prompt[: len(example.prompt)] and runs[0] != texts[0])
         seams += seam
+        whole = np.concatenate([example.prompt, tokens])
+        for turn, start in enumerate(borders[::2] + len(example.prompt)):
+            given = np.array(data.encode_prompt(row["messages"][: 2 * turn + 1], tokenizer))
+            assert start == next((i for i, token in enumerate(given) if whole[i] != token), len(given))
     assert dataset.report["counts"].get("seams", 0) == seams
 
 
