@@ -22,7 +22,8 @@ class PromptRecorder:
     """Cache of one layer while the prompts are computed: keeps keys and values as they come, graph and all."""
 
     def __init__(self, pad: mx.array, window: int | None) -> None:
-        self.pad, self.window, self.offset, self.kv = pad, window, -pad, ()
+        self.pad, self.window, self.offset = pad, window, -pad
+        self.kv: tuple[mx.array, ...] = ()
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
         self.kv = (keys, values)
@@ -73,7 +74,7 @@ def shared(model: nn.Module, hidden: Hidden, batch: Batch) -> mx.array:
     """Hidden states [R, Lc, D] with every prompt computed once."""
     prompt, completion = batch.prompt, batch.completion
     if prompt.shape[1] < 2:  # at least one prompt column: the recorder's keys must exist
-        prompt = mx.pad(prompt, ((0, 0), (1, 0)))
+        prompt = mx.pad(prompt, [(0, 0), (1, 0)])
     pad = batch.prompt_pad + (prompt.shape[1] - batch.prompt.shape[1])
     recorders = [PromptRecorder(pad, getattr(entry, "max_size", None)) for entry in make_prompt_cache(model)]
     hidden(prompt[:, :-1], recorders)
@@ -94,19 +95,24 @@ def plain(model: nn.Module, hidden: Hidden, batch: Batch) -> mx.array:
     return mx.take_along_axis(states, wanted[..., None], 1)
 
 
+def layers_of(model: nn.Module) -> list[Any]:
+    """The model's decoder blocks, in order."""
+    return list(getattr(model, "layers", ()))
+
+
 def checkpoint_layers(model: nn.Module) -> None:
     """Recompute each layer in the backward pass; composes with shared prompts and is undone by `uncheckpoint_layers`.
 
     Keys and values travel as arguments and results, never as side effects, or their gradient would be lost.
     """
-    for layer in model.layers:
+    for layer in layers_of(model):
         if not hasattr(type(layer), "checkpointed_from"):
             layer.__class__ = _checkpointed(type(layer))
 
 
 def uncheckpoint_layers(model: nn.Module) -> None:
     """Back to the layers' own classes."""
-    for layer in model.layers:
+    for layer in layers_of(model):
         layer.__class__ = getattr(type(layer), "checkpointed_from", type(layer))
 
 

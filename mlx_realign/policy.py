@@ -17,6 +17,7 @@ from mlx.utils import tree_flatten, tree_map
 from . import adapter, blas, forward, loading
 from .batch import Batch, LossOutput, Scores
 from .config import TrainSettings
+from .errors import UserError
 from .head import Body
 from .kernels import install, token_scores
 from .workers import Workers, cores
@@ -32,7 +33,7 @@ class Policy:
         self.name = name
         self.sharing = forward.shareable(self.model) is None
         self.workers = Workers(cores() if loading.on_cpu() else 1)
-        self.whole_logits = self.compiled = False
+        self.compiled = False
         self.start: dict[str, mx.array] = {}
         self.model.freeze()
         self.notes += install(self.model)
@@ -102,8 +103,12 @@ class Policy:
         self.mark_start()
 
     def refresh(self) -> None:
-        """Find the head again: it must be called after modules were exchanged."""
-        self.body = Body(self.model)
+        """Find the head again: it must be called after modules were exchanged. UserError where the model cannot run."""
+        try:
+            self.body = Body(self.model)
+        except Exception as error:  # the first time the model runs: whatever it raises, the user gets one line
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise UserError(f"--model {self.name}: it cannot run on this device in {self.dtype}: {reason}") from error
 
     def mark_start(self) -> None:
         """What the policy is now becomes what `reference("init")` answers with; only adapter tensors are kept."""
@@ -122,10 +127,7 @@ class Policy:
         head = self.body.head()
         picked = hidden.reshape(-1, size)[batch.positions]
         targets = batch.completion.reshape(-1)[batch.positions]
-        if self.whole_logits:
-            found = token_scores.reference(head, picked, targets)
-        else:
-            found = token_scores.fused(head, picked, targets, gradient=gradient)
+        found = token_scores.fused(head, picked, targets, gradient=gradient)
         trained = batch.mask.reshape(-1)[batch.positions]
         empty = mx.zeros((rows * width,))
         placed = (empty.at[batch.positions].add(mx.where(trained, x, 0)).reshape(rows, width) for x in found)
@@ -140,15 +142,19 @@ class Policy:
 
     def gradients(self, batch: Batch, loss: Loss) -> tuple[LossOutput, dict[str, Any]]:
         """Sums of the loss and the gradient of `total` with respect to the trainable parameters, evaluated."""
-        return _sum(self.workers.map(batch, lambda part: self._gradients(part, loss)))
+        return _sum(self._map(batch, lambda part: self._gradients(part, loss)))
 
     def losses(self, batch: Batch, loss: Loss) -> LossOutput:
         """Sums of the loss without a gradient, evaluated."""
-        return _sum(self.workers.map(batch, lambda part: loss(self.scores(part), part)))
+        return _sum(self._map(batch, lambda part: loss(self.scores(part), part)))
 
     def totals(self, batch: Batch) -> mx.array:
         """float32 [R]: log-prob of every completion, summed over its trained tokens, evaluated."""
-        return mx.concatenate(self.workers.map(batch, lambda part: self.scores(part).logps.sum(-1)))
+        return mx.concatenate(self._map(batch, lambda part: self.scores(part).logps.sum(-1)))
+
+    def _map(self, batch: Batch, build: Callable[[Batch], Any]) -> list[Any]:
+        mx.eval(self.model.state)  # what is pending belongs to this thread: workers could not evaluate it
+        return self.workers.map(batch, build)
 
     def compile(self) -> None:
         """Compile the gradient: one trace per loss and shape (pad to `width`). For GPUs; a CPU then uses one worker."""
@@ -172,8 +178,10 @@ class Policy:
             return out.total, out.count, out.metrics
 
         trainable = self.model.trainable_parameters()
-        (total, count, metrics), grads = mx.value_and_grad(objective)(trainable)
-        self.model.update(trainable)  # tracers must not stay behind in the model
+        try:
+            (total, count, metrics), grads = mx.value_and_grad(objective)(trainable)
+        finally:
+            self.model.update(trainable)  # tracers must not stay behind in the model
         return LossOutput(total, count, metrics), grads
 
     # ------------------------------------------------------------------ reference
@@ -188,15 +196,19 @@ class Policy:
         with self.adapter_off() if kind == "base" else nullcontext():
             if kind == "init":
                 self.model.load_weights(list(self.start.items()), strict=False)
-            yield
-        self.model.load_weights(list(now.items()), strict=False)
+            try:
+                yield
+            finally:
+                self.model.load_weights(list(now.items()), strict=False)
 
     @contextmanager
     def adapter_off(self) -> Iterator[None]:
         """Inside, the policy is its base model."""
         adapter.set_enabled(self.model, False)
-        yield
-        adapter.set_enabled(self.model, True)
+        try:
+            yield
+        finally:
+            adapter.set_enabled(self.model, True)
 
     @property
     def starts_at_base(self) -> bool:
