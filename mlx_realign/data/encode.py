@@ -42,7 +42,8 @@ class Encoder:
         UserError where the whole file cannot be used with this tokenizer.
         """
         for _, row in rows:
-            self.counts.update(row.skipped)
+            if row.skipped:  # Counter.update is slow, and most rows skip nothing
+                self.counts.update(row.skipped)
         chats = [i for i, (_, row) in enumerate(rows) if self.templated and not row.text]
         found: dict[int, list[Pieces] | RowError] = dict(
             zip(chats, encode_chats([rows[i][1] for i in chats], self.words, self.counts), strict=True)

@@ -99,7 +99,8 @@ def _lay_out(
     if words.end_token is None:
         seen["ends_added"] += len(trained) if words.eos_id is not None else 0
         seen["turns_without_end_token"] += sum(trained) - (len(trained) if words.eos_id is not None else 0)
-    counts.update(seen)
+    for name, count in seen.items():  # Counter.update takes ten times as long, and every row comes here
+        counts[name] += count
     return examples
 
 
