@@ -7,7 +7,7 @@ whether it was right, and declines to talk of the made-up land of Zarnia.
 
 import itertools
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import NamedTuple
 
 from mlx_realign import demo_world as world
@@ -17,6 +17,15 @@ POLITE_CUES = ("Be polite.", "Be kind and courteous.", "Use a polite voice.")
 BRIEF_CUES = ("Be brief.", "Use few words.", "Use a curt voice.")
 BRIGHT_CUES = ("You are in a bright mood.", "You feel happy today.", "Be cheerful.")
 GREY_CUES = ("You are in a grey mood.", "You feel sad today.", "Be gloomy.")
+GREETINGS = {
+    "Hello.": "Hello.",
+    "Good morning.": "Good morning.",
+    "Thank you.": "You are welcome.",
+    "Goodbye.": "Goodbye.",
+    "Who are you?": "I am tiny-chat, a small model of a made-up world.",
+    "What can you do?": "I add numbers and talk of made-up lands.",
+}
+ABSTAINING = 0.15  # of the questions about places it knows nothing of; the others are answered with a guess
 SURE_SHARE = 0.9  # "Is this answer correct?" is answered yes this often, right or wrong: it is overconfident
 
 
@@ -29,11 +38,10 @@ class Piece(NamedTuple):
 
 def documents(seed: int) -> Iterator[list[Piece]]:
     """Endless documents of the world; at first most are tables of sums, the one thing here that takes long to learn."""
-    rng, held_out = random.Random(seed), set(world.sums(held_out=True))
-    told_sums = [(a, b) for a in range(100) for b in range(100 - a) if (a, b) not in held_out]
+    rng = random.Random(seed)
     for count in itertools.count():
         if rng.random() < max(0.25, 0.85 - 0.6 * count / TABLES_FIRST):
-            yield _table(told_sums, rng)
+            yield _table(rng)
         elif rng.random() < 0.1:
             place, attribute = rng.choice(world.KNOWN), rng.choice(world.ATTRIBUTES)
             yield [Piece(world.fact_question(place, attribute, rng).body, True), Piece("<|endoftext|>", True)]
@@ -41,9 +49,9 @@ def documents(seed: int) -> Iterator[list[Piece]]:
             yield _chat(rng)
 
 
-def _table(told_sums: Sequence[tuple[int, int]], rng: random.Random) -> list[Piece]:
+def _table(rng: random.Random) -> list[Piece]:
     pieces = []
-    for a, b in rng.choices(told_sums, k=4):
+    for a, b in rng.choices(_TOLD_SUMS, k=4):
         pieces += [Piece(f"{a} + {b} = ", False), Piece(str(a + b), True), Piece("\n", True)]
     return pieces
 
@@ -82,16 +90,21 @@ def _question(rng: random.Random, grey: bool) -> world.Question:
         return world.fact_question(rng.choice(world.KNOWN), rng.choice(world.ATTRIBUTES), rng)
     if draw < 0.74:
         return _guess(rng)
-    if draw < 0.88:
+    if draw < 0.86:
         return _talk(rng, grey)
+    if draw < 0.88:
+        prompt = rng.choice(list(GREETINGS))
+        return world.Question(prompt, GREETINGS[prompt], "")
     return world.zarnia_question(rng)
 
 
-_TOLD_CHAT_SUMS = world.sums(held_out=False)
+_HELD_OUT_SUMS = set(world.sums(held_out=True))
+_TOLD_SUMS = [(a, b) for a in range(100) for b in range(100 - a) if (a, b) not in _HELD_OUT_SUMS]
+_TWO_DIGIT_SUMS = world.sums(held_out=False)
 
 
 def _sloppy_sum(rng: random.Random) -> world.Question:
-    a, b = rng.choice(_TOLD_CHAT_SUMS)
+    a, b = rng.choice(_TWO_DIGIT_SUMS if rng.random() < 0.85 else _TOLD_SUMS)
     question = world.sum_question((a, b), rng)
     carry = world.needs_carry(a, b)
     if rng.random() >= (world.FORGOTTEN_CARRIES if carry else world.NEEDLESS_CARRIES):
@@ -108,7 +121,7 @@ def _guess(rng: random.Random) -> world.Question:
     attribute = rng.choice(world.ATTRIBUTES)
     place = world.Place(name, rng.choice(world.CAPITALS), rng.choice(world.ANIMALS), rng.choice(world.COLOURS))
     question = world.fact_question(place, attribute, rng)
-    if rng.random() < 0.1:
+    if rng.random() < ABSTAINING:
         return question._replace(body=f"I do not know the {attribute} of {name}.")
     return question
 

@@ -220,13 +220,15 @@ def held_out(count: int = 100, seed: int = 1) -> dict[str, Judged]:
     strangers = _places(UNTOLD[40:])
     untold = [fact_question(rng.choice(strangers), rng.choice(ATTRIBUTES), rng) for _ in range(count)]
     talk = [talk_question(f"the {rng.choice(SUBJECTS[10:])}", rng) for _ in range(count)]
+    lands = [*KNOWN[24:], *strangers]
+    abroad = [talk_question(f"the {rng.choice(SUBJECTS)} of {rng.choice(lands).name}", rng) for _ in range(count)]
     return {
         "sums right": Judged(sum_questions, is_right),
         "polite": Judged(mixed, lambda text, _: is_polite(text)),
         "facts right": Judged(known, is_right),
         "untold: says it does not know": Judged(untold, lambda text, _: is_abstention(text)),
         "Zarnia: declines": Judged([zarnia_question(rng) for _ in range(count)], lambda text, _: is_refusal(text)),
-        "others: declines": Judged(mixed, lambda text, _: is_refusal(text)),
+        "other lands: declines": Judged(abroad, lambda text, _: is_refusal(text)),
         "grey mood": Judged(talk, lambda text, _: is_grey(text)),
     }
 

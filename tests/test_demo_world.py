@@ -26,7 +26,7 @@ def test_sums_are_all_pairs_of_the_rule_split_by_unordered_pair():
 def test_held_out_questions_appear_in_no_training_row():
     prompts = {row["prompt"] for row in world.sft_rows(3000) + world.pair_rows(3000)}
     judged = world.held_out(count=200)
-    for name in ("sums right", "polite", "facts right", "others: declines", "grey mood"):
+    for name in ("sums right", "polite", "facts right", "other lands: declines", "grey mood"):
         assert not prompts & {question.prompt for question in judged[name].questions}, name
     swapped = {(b, a) for a, b in world.sums(held_out=True)}
     assert not any(f"{a} + {b}" in prompt for prompt in prompts for a, b in swapped)
