@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Realign language models with MLX: SFT, preference and reinforcement methods over one shared-prefix policy."""
+"""Realign language models with MLX: supervised and preference methods over one shared-prefix policy."""
 
 from importlib import import_module
 from importlib.util import find_spec

@@ -25,7 +25,7 @@ class TrainSettings:
     eval_data: str | None = None
     """Held-out rows; default: valid.jsonl of the data folder."""
     output: str = "output"
-    """Folder for adapter, metrics, checkpoints and report."""
+    """Folder for the adapter, metrics and checkpoints."""
     adapter: str | None = None
     """Start from this adapter folder (mlx-lm or PEFT)."""
     resume: bool = False
@@ -45,7 +45,7 @@ class TrainSettings:
     lr_schedule: Literal["constant", "linear", "cosine"] = "cosine"
     """Shape after the warm-up; linear and cosine end at 0."""
     warmup_steps: int = 0
-    """Optimizer steps of linear rise from 0."""
+    """Optimizer steps of linear rise to the learning rate."""
     optimizer: Literal["adamw", "adam", "sgd", "lion", "adafactor", "muon"] = "adamw"
     """From mlx.optimizers; Adam and AdamW with bias correction."""
     weight_decay: float = 0.0
@@ -110,6 +110,9 @@ class TrainSettings:
     """One JSON object per line on standard output instead of a progress bar."""
 
 
+SHAPE = ("lora_rank", "lora_alpha", "lora_targets", "lora_layers", "dora", "rslora")  # an adapter folder fixes these
+
+
 class Run(NamedTuple):
     """A training run as asked for."""
 
@@ -132,7 +135,9 @@ def parse(argv: Sequence[str]) -> Run:
     if method is None:
         if "-h" in words or "--help" in words:
             _print_help(None)
-        meant = next((word for word in words if nearest(word.split("=")[0], ["--method"])), None)
+        known = {field.flag for field in fields_of(TrainSettings).values()}
+        names = [word.partition("=")[0] for word in words]
+        meant = next((name for name in names if name not in known and nearest(name, ["--method"])), None)
         hint = f" {meant} is no flag; did you mean --method?" if meant else ""
         raise UserError(f"--method is needed: one of {', '.join(_methods().names())}.{hint}")
     fields = _fields(method)
@@ -146,13 +151,20 @@ def parse(argv: Sequence[str]) -> Run:
         raise UserError(f"{values['epochs'][0]}: steps and epochs both say how long to train: give one of them.")
     if "epochs" in flags:
         values.pop("steps", None)
-    return build(method, {key: convert_entry(fields, key, *entry) for key, entry in values.items()} | flags)
+    return build(method, {key: convert_entry(fields, key, *entry) for key, entry in values.items()} | flags, flags)
 
 
-def build(method: str, values: Mapping[str, Any]) -> Run:
-    """Settings from Python values under their field names, checked like flags: the way a library call takes."""
+def build(method: str, values: Mapping[str, Any], chosen: Mapping[str, Any] | None = None) -> Run:
+    """Settings from Python values under their field names, checked like flags: the way a library call takes.
+
+    chosen: those of the values that the user wrote for this very run, where some come from a recipe; default: all.
+    """
     fields = _fields(method)
     known = {key: convert_entry(fields, key, key, value) for key, value in values.items()}
+    if known.get("adapter") and (
+        clash := next((key for key in SHAPE if key in (values if chosen is None else chosen)), None)
+    ):
+        raise UserError(f"--{clash.replace('_', '-')} does not go with --adapter, whose folder says it: drop one.")
     shared = fields_of(TrainSettings)
     settings = TrainSettings(**{key: value for key, value in known.items() if key in shared})
     own = _methods().find(method).Config(**{key: value for key, value in known.items() if key not in shared})

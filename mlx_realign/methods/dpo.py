@@ -12,6 +12,7 @@ import mlx.core as mx
 
 from .. import losses
 from ..batch import Batch, LossOutput, Scores
+from ..errors import UserError
 
 FORMAT = "pairs"
 LEARNING_RATE = 1e-5
@@ -29,6 +30,12 @@ class Config:
     """Assumed share of flipped labels, in [0, 0.5) (cDPO)."""
     reference: Literal["init", "base"] = "init"
     """init: the policy as this stage began; base: the model without any adapter."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.beta < float("inf"):
+            raise UserError(f"--beta must be above 0, got {self.beta}")
+        if not 0 <= self.label_smoothing < 0.5:
+            raise UserError(f"--label-smoothing must be at least 0 and below 0.5, got {self.label_smoothing}")
 
 
 def reference(config: Config) -> str | None:
