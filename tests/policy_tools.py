@@ -128,7 +128,7 @@ def weighed(seed: int = 5) -> Any:
 
 def flat(grads: Any) -> dict[str, np.ndarray]:
     found: Any = tree_flatten(grads)
-    return {name: np.array(value.astype(mx.float32)) for name, value in found}
+    return {k: np.array(v.astype(mx.float32)) if isinstance(v, mx.array) else v for k, v in found}
 
 
 def gap(found: Any, expected: Any) -> float:
