@@ -14,7 +14,7 @@ import mlx.core as mx
 from . import fingerprint
 from .optim import flat
 
-EXPLODED = 1000.0  # a gradient norm so many times the median of the last ones stops the run
+EXPLODED = 1000.0  # a gradient norm so many times the usual one stops the run
 REMEMBERED, ENOUGH = 100, 10  # norms of the last steps; fewer than this many say nothing about what is usual
 LINES_SHOWN = 40
 
@@ -31,20 +31,29 @@ class Norms:
     """Gradient norms of the last steps, and what to make of the next one."""
 
     def __init__(self) -> None:
+        self.first: list[float] = []
         self.last: list[float] = []
+
+    @property
+    def usual(self) -> float:
+        """The median of the last steps, or of the first ones if that is larger.
+
+        A policy that knows its rows by heart has tiny gradients until a new row comes, which is no explosion.
+        """
+        return max(map(statistics.median, (self.first, self.last))) if len(self.first) == ENOUGH else math.inf
 
     def refuse(self, step: int, loss: float, norm: float, lines: Sequence[tuple[Sequence[int], mx.array]]) -> None:
         """Raises Fault for a loss or norm that is not finite, or a norm far above the usual; else remembers the norm.
 
         lines: of each micro-batch the line numbers of its rows, and its summed loss.
         """
-        usual = statistics.median(self.last) if len(self.last) >= ENOUGH else math.inf
         bad = [f"{name} is {x}" for name, x in (("loss", loss), ("grad_norm", norm)) if not math.isfinite(x)]
-        if not bad and norm > EXPLODED * max(usual, 1e-3):
-            bad = [f"grad_norm is {norm:.4g}, {norm / usual:.0f} times the usual {usual:.4g}"]
+        if not bad and norm > EXPLODED * self.usual:
+            bad = [f"grad_norm is {norm:.4g}, {norm / self.usual:.0f} times the usual {self.usual:.4g}"]
         if bad:
             guilty = [own for own, total in lines if not mx.isfinite(total).item()] or [own for own, _ in lines]
             raise Fault(f"step {step}: {bad[0]}; rows at lines {listed([line for own in guilty for line in own])}")
+        self.first = [*self.first, norm][:ENOUGH]
         self.last = [*self.last[1 - REMEMBERED :], norm]
 
 

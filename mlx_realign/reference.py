@@ -58,6 +58,12 @@ class Reference:
         """From here on the policy is no longer able to answer: full fine-tuning has moved it."""
         self.sealed = True
 
+    def close(self) -> None:
+        """Leave the cache as one file."""
+        if self.store:
+            self.store.close()
+            self.store = None
+
     def find(self, example: Example) -> np.ndarray | None:
         """float32 [completions] as stored, or None."""
         values = self.memory.get(example.key)

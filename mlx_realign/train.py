@@ -184,6 +184,9 @@ class Loop:
             raise DiskFull(f"{full}. Make room and go on with --resume. {self.left_behind()}") from full
         except Fault as fault:
             raise Fault(f"{fault}. Look at the data, or lower --learning-rate. {self.left_behind()}") from fault
+        finally:
+            if self.reference:
+                self.reference.close()
 
     def loop(self) -> None:
         """THE loop."""
@@ -289,7 +292,7 @@ class Loop:
         """A checkpoint at this step; older ones go, but for the best."""
         model, place = self.policy.model, {"step": self.done, "tokens": self.tokens, "waited": self.waited}
         guard.refuse_broken_weights(self.done, model.trainable_parameters())
-        state = place | {"best": self.best, "norms": self.norms.last}
+        state = place | {"best": self.best, "norms": [self.norms.first, self.norms.last]}
         checkpoint.save(self.at(self.done), model, self.optimizer, state, base_model=self.policy.name)
         checkpoint.prune(self.folder.checkpoints, self.settings.keep, self.at(self.best[1]) if self.best else None)
 
@@ -301,7 +304,7 @@ class Loop:
             state = self.folder.state
             checkpoint.restore(self.folder.found, self.policy.model, self.optimizer)
             self.done, self.tokens, self.waited = (state[name] for name in ("step", "tokens", "waited"))
-            self.norms.last = state["norms"]
+            self.norms.first, self.norms.last = state["norms"]
             self.best = (state["best"][0], state["best"][1]) if state["best"] else None
         self.reporter.say(f"going on after step {self.done} of {self.steps}")
 
@@ -328,11 +331,16 @@ class Loop:
 
     def set_dropout(self, place: int | None) -> None:
         """Dropout masks for a micro-batch, a function of seed and place, so a resumed run draws the same; None: off."""
-        if self.settings.lora_dropout:
-            key = None
-            if place is not None:
-                key = mx.random.key(int(np.random.default_rng([self.settings.seed, place]).integers(2**32)))
-            adapter.set_dropout_key(self.policy.model, key)
+        if not self.settings.lora_dropout:
+            return
+        if place is None:
+            adapter.set_dropout_key(self.policy.model, None)
+            return
+        seed = np.random.default_rng([self.settings.seed, place]).integers(2**32)
+        adapter.set_dropout_key(self.policy.model, mx.random.key(int(seed)))
+        mx.eval(
+            [layer._dropout_key for layer in adapter.adapters_of(self.policy.model).values()]
+        )  # other threads use them
 
 
 def add(a: Any, b: Any) -> Any:
