@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """From a name to a model in memory: local folder, hub id or the embedded tiny-chat, in a dtype to suit the device."""
 
+import json
+import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_map_with_path
+from mlx.utils import tree_flatten, tree_map
 from mlx_lm import utils as mlx_lm_utils
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
@@ -15,6 +17,7 @@ from .errors import UserError
 EMBEDDED = "tiny-chat"
 DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
 GROUP_SIZE = 64
+TOKENIZERS = ("tokenizer.json", "tokenizer.model", "tiktoken.model", "vocab.json", "vocab.txt")  # one of them
 
 
 class Loaded(NamedTuple):
@@ -48,6 +51,9 @@ def find_model(name: str) -> Path:
         raise UserError(f"--model {name}: {folder} has no config.json; it must be a Hugging Face model folder")
     if not any(folder.glob("model*.safetensors")):
         raise UserError(f"--model {name}: {folder} has no model*.safetensors; convert the weights to safetensors first")
+    if not any((folder / file).is_file() for file in TOKENIZERS):
+        raise UserError(f"--model {name}: {folder} has no {TOKENIZERS[0]}; copy it from where the weights came from")
+    _refuse_missing_shards(name, folder)
     return folder
 
 
@@ -59,26 +65,30 @@ def load(
     cpu_dequantize: str = "auto",
     trust_remote_code: bool = False,
 ) -> Loaded:
-    """Weights lazily mapped, cast and quantised one tensor at a time, held once. See TrainSettings for the options."""
+    """The model and its tokenizer; each tensor is read, quantised and cast by itself, so memory holds the weights once.
+
+    See TrainSettings for the options. Raises UserError in one line for whatever is missing, broken or unknown.
+    """
     folder = find_model(name)
     try:
         model, config = mlx_lm_utils.load_model(folder, lazy=True, trust_remote_code=trust_remote_code)
-        tokenizer = mlx_lm_utils.load_tokenizer(folder, eos_token_ids=config.get("eos_token_id"))
-    except UserError:
-        raise
-    except Exception as error:  # whatever a broken folder makes the readers raise, the user gets one line
-        hint = " (pass --trust-remote-code if you trust it)" if "trust_remote_code" in str(error) else ""
-        raise UserError(f"--model {name}: cannot be loaded from {folder}: {_first_line(error)}{hint}") from error
-    notes: list[str] = []
-    if quantize and not config.get("quantization"):
-        nn.quantize(model, group_size=GROUP_SIZE, bits=quantize, class_predicate=_quantizable)
-        notes.append(f"base quantised to {quantize} bits, groups of {GROUP_SIZE}")
+    except Exception as error:  # whatever a broken folder makes the readers raise
+        raise UserError(f"--model {name}: cannot be loaded: {_said(error, folder)}") from error
+    try:
+        options = {"trust_remote_code": trust_remote_code}
+        tokenizer = mlx_lm_utils.load_tokenizer(folder, options, eos_token_ids=config.get("eos_token_id"))
+    except Exception as error:
+        raise UserError(f"--model {name}: its tokenizer cannot be read: {_said(error, folder)}") from error
+    notes = [_quantize(model, config, quantize)] if quantize else []
+    _cast(model, DTYPES["float32"] if dtype == "auto" and on_cpu() else DTYPES.get(dtype))
     if on_cpu() and cpu_dequantize == "auto" and _has_quantized(model):
         mlx_lm_utils.dequantize_model(model)
-        notes.append("quantised weights dequantised to float32: matmuls on packed weights are 30 times slower on a CPU")
-    _cast(model, DTYPES["float32"] if dtype == "auto" and on_cpu() else DTYPES.get(dtype))
+        notes.append("quantised weights dequantised at load: a CPU multiplies packed weights 30 times slower")
     model.eval()
-    mx.eval(model.parameters())
+    try:
+        _materialise(model)
+    except Exception as error:  # a file that ends too early
+        raise UserError(f"--model {name}: its weights cannot be read: {_said(error, folder)}") from error
     return Loaded(model, tokenizer, config, folder, notes)
 
 
@@ -87,13 +97,39 @@ def _fetch(name: str) -> Path:
         return Path(mlx_lm_utils._download(name))
     except Exception as error:
         raise UserError(
-            f"--model {name}: not on this machine and the hub cannot be reached or does not have it "
-            f"({_first_line(error)}); give a local folder or connect once to fetch it"
+            f"--model {name}: not on this machine, and the hub cannot be reached or does not have it; give a local "
+            f"folder, or connect once to fetch it ({_said(error, Path())})"
         ) from error
 
 
-def _quantizable(path: str, module: nn.Module) -> bool:
-    return hasattr(module, "to_quantized") and module.weight.shape[-1] % GROUP_SIZE == 0
+def _refuse_missing_shards(name: str, folder: Path) -> None:
+    """UserError where the index names weight files that are not there, as an interrupted download leaves them."""
+    index = folder / "model.safetensors.index.json"
+    if not index.is_file():
+        return
+    try:
+        listed = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (ValueError, KeyError, AttributeError):
+        return  # mlx-lm reads the weight files themselves; a broken index harms nothing
+    missing = [file for file in listed if not (folder / file).is_file()]
+    if missing:
+        some = ", ".join(missing[:3])
+        raise UserError(f"--model {name}: {folder} lacks {some} of {len(listed)} weight files; fetch it again")
+
+
+def _quantize(model: nn.Module, config: dict[str, Any], bits: int) -> str:
+    """Quantise what mlx-lm's own converter would; says what was done."""
+    if config.get("quantization"):
+        return f"--quantize {bits} has no effect: the model is quantised to {config['quantization'].get('bits')} bits"
+    wanted = getattr(model, "quant_predicate", None)  # routers, for one, keep more bits
+
+    def choose(path: str, module: Any) -> Any:
+        if not hasattr(module, "to_quantized") or module.weight.shape[-1] % GROUP_SIZE:
+            return False
+        return wanted(path, module) if wanted else True
+
+    nn.quantize(model, group_size=GROUP_SIZE, bits=bits, class_predicate=choose)
+    return f"base quantised to {bits} bits, groups of {GROUP_SIZE}"
 
 
 def _has_quantized(model: nn.Module) -> bool:
@@ -101,13 +137,24 @@ def _has_quantized(model: nn.Module) -> bool:
 
 
 def _cast(model: nn.Module, dtype: mx.Dtype | None) -> None:
-    if dtype is None:
-        return
-    keep = {f"{path}.{k}" for path, m in model.named_modules() if hasattr(m, "bits") for k in ("scales", "biases")}
-    floating = lambda path, x: mx.issubdtype(x.dtype, mx.floating) and (path not in keep or x.dtype != mx.uint8)  # noqa: E731
-    model.update(tree_map_with_path(lambda path, x: x.astype(dtype) if floating(path, x) else x, model.parameters()))
+    if dtype is not None:  # packed weights, and scales of kinds other than affine, are integers and stay
+        cast = lambda x: x.astype(dtype) if mx.issubdtype(x.dtype, mx.floating) else x  # noqa: E731
+        model.update(tree_map(cast, model.parameters()))
 
 
-def _first_line(error: Exception) -> str:
-    text = str(error).strip() or type(error).__name__
-    return text.splitlines()[0][:300]
+def _materialise(model: nn.Module) -> None:
+    """Evaluate tensor by tensor: together, what is read and what it becomes would be in memory at once."""
+    tensors: Any = tree_flatten(model.parameters())
+    for _, tensor in tensors:
+        mx.eval(tensor)
+
+
+def _said(error: Exception, folder: Path) -> str:
+    """The error on one line, without the folder before every file's name, and what can be done about it."""
+    text = " ".join(str(error).replace(f"{folder}/", "").split()).rstrip(".") or type(error).__name__
+    if isinstance(error, json.JSONDecodeError) and "tokenizer" not in text:
+        return f"config.json is not valid JSON: {text}"
+    if "required positional argument" in text:  # of the dataclass that mlx-lm reads the config into
+        return "config.json lacks " + ", ".join(re.findall(r"'(\w+)'", text))
+    hint = "; --trust-remote-code lets that code run, if you trust it" if "trust_remote_code" in text else ""
+    return text[:300] + hint
