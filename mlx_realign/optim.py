@@ -28,6 +28,9 @@ class Updater:
         self.limit = settings.max_grad_norm
         self.small = SMALL if settings.optimizer in ENTRYWISE else 0
         self.rule = make(settings)
+        # The model's tensors are views of these once a step was made: packing them again would copy all of them.
+        self.values: dict[str, mx.array] = {}
+        self.views: dict[str, mx.array] = {}
         self.rule.init(self.pack(parameters))
         mx.eval(self.rule.state)
 
@@ -45,11 +48,13 @@ class Updater:
         """Move the trainable parameters of `model` by clipped gradients, at this learning rate; evaluated."""
         for part in getattr(self.rule, "optimizers", [self.rule]):
             part.learning_rate = rate
-        like = model.trainable_parameters()
-        new = self.rule.apply_gradients(packed, self.pack(like))
-        model.update(self.unpack(new, like))
+        like = flat(model.trainable_parameters())
+        known = self.views.keys() == like.keys() and all(like[path] is view for path, view in self.views.items())
+        new = self.rule.apply_gradients(packed, self.values if known else self.pack(like))
+        self.values, self.views = new, self.unpack(new, like)
+        model.update(tree_unflatten(list(self.views.items())))
         del like, new, packed  # so that the new values may take the memory of the old ones
-        mx.eval(model.trainable_parameters(), self.rule.state)
+        mx.eval(self.values, self.rule.state, self.views)
 
     def pack(self, tree: Tree) -> dict[str, mx.array]:
         """Small tensors as one vector per dtype, others as they are; names without dots, which would nest them."""
@@ -62,19 +67,19 @@ class Updater:
                 whole[path.replace(".", "/")] = value
         return whole | {name: mx.concatenate(parts) for name, parts in small.items()}
 
-    def unpack(self, packed: dict[str, mx.array], like: Tree) -> Tree:
-        """The inverse of `pack`."""
+    def unpack(self, packed: dict[str, mx.array], like: dict[str, mx.array]) -> dict[str, mx.array]:
+        """The inverse of `pack`: tensors by path, of the shapes and in the order of `like`."""
         taken: dict[str, int] = {}
-        found = []
-        for path, value in flat(like).items():
+        found: dict[str, mx.array] = {}
+        for path, value in like.items():
             if value.size < self.small:
                 name = _name(value)
                 start = taken.get(name, 0)
                 taken[name] = start + value.size
-                found.append((path, packed[name][start : start + value.size].reshape(value.shape)))
+                found[path] = packed[name][start : start + value.size].reshape(value.shape)
             else:
-                found.append((path, packed[path.replace(".", "/")]))
-        return tree_unflatten(found)
+                found[path] = packed[path.replace(".", "/")]
+        return found
 
     def state(self) -> dict[str, mx.array]:
         """The optimizer's arrays by name: moments, step and learning rate."""

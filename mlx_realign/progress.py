@@ -4,6 +4,7 @@
 import json
 import sys
 import time
+from contextlib import AbstractContextManager, nullcontext
 from types import TracebackType
 from typing import Any, TextIO
 
@@ -30,14 +31,24 @@ class Reporter:
         self.bar: Progress | None = None
         self.last = self.began = time.monotonic()
         self.first = self.steps = 0
+        self.note = "first step"
 
     def __enter__(self) -> "Reporter":
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.stop()
+
+    def stop(self) -> None:
+        """The loop is over: the bar stays as it is."""
         if self.bar:
             self.bar.stop()
             self.bar = None
+
+    def waiting(self, text: str) -> AbstractContextManager[Any]:
+        """A spinner on a terminal while nothing can be counted yet."""
+        shown = self.console.is_terminal and not self.as_json
+        return self.console.status(text) if shown else nullcontext()
 
     def start(self, step: int, steps: int) -> None:
         """The loop begins after `step` of `steps`."""
@@ -46,7 +57,7 @@ class Reporter:
             count, note = MofNCompleteColumn(table_column=Column(no_wrap=True)), Column(no_wrap=True)
             columns = (count, BarColumn(bar_width=None), TextColumn("{task.fields[note]}", table_column=note))
             self.bar = Progress(*columns, console=self.console, expand=True)
-            self.task = self.bar.add_task("step", total=steps, completed=step, note="first step")
+            self.task = self.bar.add_task("step", total=steps, completed=step, note=self.note)
             self.bar.start()
 
     def say(self, text: str) -> None:
@@ -58,7 +69,7 @@ class Reporter:
 
     def fail(self, text: str) -> None:
         """Why the run ends early; on standard error, where it is not JSON."""
-        self.__exit__(None, None, None)
+        self.stop()
         if self.as_json:
             self._write(json.dumps({"error": text}))
         else:
@@ -82,16 +93,17 @@ class Reporter:
             self._write(as_json(row))
         elif self.bar and of_step:
             shown = SHOWN_WIDE if self.console.width >= WIDE_COLUMNS else SHOWN
-            self.bar.update(self.task, completed=row["step"], note=_note(row, shown, self._left(row["step"])))
+            self.note = _note(row, shown, self._left(row["step"]))
+            self.bar.update(self.task, completed=row["step"], note=self.note)
         elif self.bar or not of_step or row["step"] in (self.first + 1, self.steps) or now - self.last > PLAIN_EVERY_S:
             self.last = now
             left = self._left(row["step"]) if of_step else ""
             self.say(f"step {row['step']}/{self.steps}  {_note(row, SHOWN_WIDE, left)}")
 
     def busy(self, what: str, done: int, total: int) -> None:
-        """Part `done` of `total` of something between steps, which may take minutes."""
+        """`done` of `total` parts of something between steps, which may take minutes."""
         if self.bar:
-            self.bar.update(self.task, note=f"{what} {done}/{total}")
+            self.bar.update(self.task, note=f"{what} {done}/{total}" if done < total else self.note)
         elif not self.as_json and time.monotonic() - self.last > PLAIN_EVERY_S:
             self.last = time.monotonic()
             self.say(f"{what} {done}/{total}")

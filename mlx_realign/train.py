@@ -80,13 +80,15 @@ def run(
     folder = RunFolder(settings, method, own)
     if not settings.dry_run:
         folder.check()
-    policy = prepared(policy, settings)
-    checks = selfcheck.run(policy)
+    with reporter.waiting(f"loading {settings.model}"):
+        policy = prepared(policy, settings)
+        checks = selfcheck.run(policy)
     for line in (*policy.notes, *checks.notes):
         reporter.say(line)
     load = partial(data.load, tokenizer=policy.tokenizer, format=module.FORMAT, settings=settings)
-    train_rows = load(rows if rows is not None else settings.data)
-    held_out = _held_out(settings, rows, load)
+    with reporter.waiting("reading the data"):
+        train_rows = load(rows if rows is not None else settings.data)
+        held_out = _held_out(settings, rows, load)
     for line in train_rows.report["notes"]:
         reporter.say(line)
     loop = Loop(policy, module, own, settings, train_rows, held_out, folder, reporter)
@@ -249,13 +251,13 @@ class Loop:
         """Loss and metrics over held-out rows, no gradient, no dropout."""
         total: LossOutput | None = None
         for i, count, micro in self.feed.evaluation():
-            self.reporter.busy("evaluation", i, count)
             out = self.policy.losses(micro.batch, self.loss)
             if not math.isfinite(loss := number_of(out.total)):
                 raise Fault(
                     f"step {self.done}: eval_loss is {loss}; held-out rows at lines {guard.listed(micro.lines)}"
                 )
             total = out if total is None else add(total, out)
+            self.reporter.busy("evaluation", i + 1, count)
         assert total is not None
         loss = number_of(total.total / mx.maximum(total.count, 1.0))
         return {"step": self.done, "eval_loss": loss} | {f"eval_{k}": v for k, v in averages(total).items()}
@@ -270,11 +272,12 @@ class Loop:
 
     def finish(self) -> dict[str, Any]:
         """Write the result: with --early-stop that of the best evaluation, else the last. Returns the last row."""
-        if self.best and (best := self.at(self.best[1])).exists():
+        self.reporter.stop()
+        if self.best and self.best[1] != self.done and (best := self.at(self.best[1])).exists():
             if self.settings.early_stop:
                 checkpoint.restore(best, self.policy.model, None)
-            which = "written" if self.settings.early_stop else f"in {best}, the last one is written"
-            self.reporter.say(f"best evaluation: loss {self.best[0]:.4f} at step {self.best[1]}; that one is {which}")
+            which = "written" if self.settings.early_stop else f"in {best}; the last state is written"
+            self.reporter.say(f"best evaluation: loss {self.best[0]:.4f} at step {self.best[1]}, which is {which}")
         target = self.folder.write_result(self.policy)
         self.reporter.say(
             f"done: {self.done} steps, {self.tokens:,} tokens, peak memory {self.peak_gb:.2f} GB "
@@ -326,7 +329,7 @@ class Loop:
         """With full fine-tuning the reference is gone after step 1: all its numbers are computed before."""
         assert self.reference  # in the first epoch's own batches: then its losses start at exactly ln 2
         for i, count, _ in chain(self.feed.first_epoch(), self.feed.evaluation() if self.feed.held_out else ()):
-            self.reporter.busy("reference log-probs", i, count)
+            self.reporter.busy("reference log-probs", i + 1, count)
         self.reference.seal()
 
     def set_dropout(self, place: int | None) -> None:
