@@ -13,6 +13,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.cache import KVCache, RotatingKVCache, make_prompt_cache
 
+from . import balance
 from .batch import Batch
 
 Hidden = Callable[..., mx.array]  # (tokens, cache=None) -> hidden states [rows, columns, D]
@@ -95,6 +96,24 @@ def plain(model: nn.Module, hidden: Hidden, batch: Batch) -> mx.array:
     return mx.take_along_axis(states, wanted[..., None], 1)
 
 
+def token_weights(batch: Batch, sharing: bool) -> list[mx.array]:
+    """float32 [tokens] of each pass through the model: how many rows a token belongs to, 0 for padding.
+
+    The same tokens count in both ways: a shared prompt's once for each of its completions, as if it were repeated. What
+    follows a row's last trained token does not count.
+    """
+    columns = mx.arange(batch.completion.shape[1])[None]
+    length = mx.where(batch.mask, columns + 1, 0).max(1, keepdims=True)
+    width, pad = batch.prompt.shape[1], batch.prompt_pad[:, None]
+    if not sharing:
+        tokens = width - pad[batch.row_prompt] + length - 1
+        return [(mx.arange(width + columns.size - 1)[None] < tokens).astype(mx.float32).reshape(-1)]
+    rows = mx.zeros(pad.shape).at[batch.row_prompt].add(1.0)
+    extra = 1 if width < 2 else 0  # the column that `shared` puts before a prompt of one token
+    prompt = mx.where(mx.arange(width + extra - 1)[None] >= pad + extra, rows, 0.0)
+    return [prompt.reshape(-1), (columns < length).astype(mx.float32).reshape(-1)]
+
+
 def layers_of(model: nn.Module) -> list[Any]:
     """The model's decoder blocks, in order."""
     return list(getattr(model, "layers", ()))
@@ -103,7 +122,7 @@ def layers_of(model: nn.Module) -> list[Any]:
 def checkpoint_layers(model: nn.Module) -> None:
     """Recompute each layer in the backward pass; composes with shared prompts and is undone by `uncheckpoint_layers`.
 
-    Keys and values travel as arguments and results, never as side effects, or their gradient would be lost.
+    Keys, values and what routers say travel as arguments and results: as side effects they would lose their gradient.
     """
     for layer in layers_of(model):
         if not hasattr(type(layer), "checkpointed_from"):
@@ -131,15 +150,17 @@ def _checkpointed(base: type) -> type:
                 swap = lambda value: own if value is cache and cache is not None else value  # noqa: E731
                 kept = self.trainable_parameters()
                 self.update(parameters)
-                out = base.__call__(self, x, *map(swap, args), **{k: swap(v) for k, v in kwargs.items()})
+                with balance.listening() as heard:
+                    out = base.__call__(self, x, *map(swap, args), **{k: swap(v) for k, v in kwargs.items()})
                 self.update(kept)
-                return (out, *own.kv) if recording else (out,)
+                return out, own.kv if recording else (), tuple(heard)
 
             kv = cache.kv if isinstance(cache, PromptReader) else ()
-            out = mx.checkpoint(run)(self.trainable_parameters(), x, *kv)
+            out, kv, heard = mx.checkpoint(run)(self.trainable_parameters(), x, *kv)
             if recording:
-                cache.kv = tuple(out[1:])
-            return out[0]
+                cache.kv = kv
+            balance.tell(heard)
+            return out
 
     Checkpointed.__name__ = base.__name__
     return Checkpointed

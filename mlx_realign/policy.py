@@ -14,7 +14,7 @@ from typing import Any
 import mlx.core as mx
 from mlx.utils import tree_flatten, tree_map
 
-from . import adapter, blas, forward, loading
+from . import adapter, balance, blas, forward, loading
 from .batch import Batch, LossOutput, Scores
 from .config import TrainSettings
 from .errors import UserError
@@ -109,6 +109,10 @@ class Policy:
         except Exception as error:  # the first time the model runs: whatever it raises, the user gets one line
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise UserError(f"--model {self.name}: it cannot run on this device in {self.dtype}: {reason}") from error
+        self.balance, left_out = balance.find(self.model, self.config)
+        self.notes += [left_out] if left_out and left_out not in self.notes else []
+        if self.balance and self.workers.count > 1:  # balance is a matter of the whole batch
+            self.workers = Workers(1)
 
     def mark_start(self) -> None:
         """What the policy is now becomes what `reference("init")` answers with; only adapter tensors are kept."""
@@ -146,7 +150,7 @@ class Policy:
 
     def losses(self, batch: Batch, loss: Loss) -> LossOutput:
         """Sums of the loss without a gradient, evaluated."""
-        return _sum(self._map(batch, lambda part: loss(self.scores(part), part)))
+        return _sum(self._map(batch, lambda part: self._loss(part, loss)))
 
     def totals(self, batch: Batch) -> mx.array:
         """float32 [R]: log-prob of every completion, summed over its trained tokens, evaluated."""
@@ -155,6 +159,14 @@ class Policy:
     def _map(self, batch: Batch, build: Callable[[Batch], Any]) -> list[Any]:
         mx.eval(self.model.state)  # what is pending belongs to this thread: workers could not evaluate it
         return self.workers.map(batch, build)
+
+    def _loss(self, batch: Batch, loss: Loss, *, gradient: bool = False) -> LossOutput:
+        """The method's loss, and the load-balancing loss where the architecture defines one."""
+        if self.balance is None:
+            return loss(self.scores(batch, gradient=gradient), batch)
+        with balance.listening() as heard:
+            out = loss(self.scores(batch, gradient=gradient), batch)
+        return self.balance.add(out, heard, forward.token_weights(batch, self.sharing))
 
     def compile(self) -> None:
         """Compile the gradient: one trace per loss and shape (pad to `width`). For GPUs; a CPU then uses one worker."""
@@ -174,7 +186,7 @@ class Policy:
 
         def objective(parameters: dict[str, Any]) -> tuple[mx.array, mx.array, dict[str, Any]]:
             self.model.update(parameters)
-            out = loss(self.scores(batch, gradient=True), batch)
+            out = self._loss(batch, loss, gradient=True)
             return out.total, out.count, out.metrics
 
         trainable = self.model.trainable_parameters()

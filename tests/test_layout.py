@@ -21,7 +21,7 @@ LAYERS = [
     {"errors", "blas", "batch", "flags"},
     {"kernels"},
     {"config", "losses", "advantages", "directions", "adapter"},
-    {"loading", "workers", "head", "forward", "policy", "rollout", "verifiers", "data"},
+    {"loading", "workers", "head", "balance", "forward", "policy", "rollout", "verifiers", "data"},
     {"methods", "steering", "ablation"},
 ]
 MLX_LM_USERS = {"policy", "loading", "forward", "rollout", "adapter", "data", "generate", "kernels"}
