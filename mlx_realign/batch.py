@@ -35,7 +35,7 @@ class Batch(NamedTuple):
     completion: mx.array  # int32 [R, Lc] right-padded
     row_prompt: mx.array  # int32 [R] completion row -> prompt row, non-decreasing
     mask: mx.array  # bool [R, Lc] True = trained on, aligned with the completion token itself (the target)
-    positions: mx.array  # int32 [N] flat indices into [R * Lc]: every trained position first, then untrained ones up to a bucket
+    positions: mx.array  # int32 [N] flat indices into [R * Lc]: all trained ones, then untrained ones up to a bucket
     extras: dict[str, mx.array]  # ref_logps float32 [R], advantages ... only what the method needs
 
 
@@ -51,5 +51,6 @@ class LossOutput(NamedTuple):
     """Sums, never means: the loop divides once, over the whole accumulation window."""
 
     total: mx.array  # float32 scalar, sum over units
-    count: mx.array  # float32 scalar, number of units (tokens for SFT, pairs for DPO)
+    # float32 scalar, number of units (tokens for SFT, pairs for DPO)
+    count: mx.array  # pyright: ignore[reportIncompatibleMethodOverride]
     metrics: dict[str, tuple[mx.array, mx.array]]  # name -> (sum, count), each divided over the window too

@@ -233,7 +233,8 @@ class Policy:
     @property
     def dtype(self) -> mx.Dtype:
         """Of the residual stream."""
-        return next(v.dtype for _, v in tree_flatten(self.model.parameters()) if mx.issubdtype(v.dtype, mx.floating))
+        tensors: list[mx.array] = [value for _, value in tree_flatten(self.model.parameters())]  # pyright: ignore
+        return next(x.dtype for x in tensors if mx.issubdtype(x.dtype, mx.floating))
 
     def width(self, n: int) -> int:
         """The next of few widths (a quarter of a power of two apart), so that a compiled step has few shapes."""
@@ -243,7 +244,8 @@ class Policy:
     @property
     def trained(self) -> int:
         """Number of trainable parameters."""
-        return sum(v.size for _, v in tree_flatten(self.model.trainable_parameters()))
+        tensors: list[mx.array] = [value for _, value in tree_flatten(self.model.trainable_parameters())]  # pyright: ignore
+        return sum(x.size for x in tensors)
 
     @property
     def parameters(self) -> int:

@@ -82,7 +82,8 @@ def split(batch: Batch, parts: int) -> list[Batch]:
             np.flatnonzero(kept),
         )
         extras = {name: _part(value, mine, own, len(prompt), len(rows)) for name, value in batch.extras.items()}
-        found.append(Batch(*(mx.array(x if x.dtype == bool else x.astype(np.int32)) for x in arrays), extras))
+        made = [mx.array(x if x.dtype == bool else x.astype(np.int32)) for x in arrays]
+        found.append(Batch(*made, extras=extras))
     return found
 
 
