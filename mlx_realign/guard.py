@@ -17,6 +17,7 @@ from .optim import flat
 EXPLODED = 1000.0  # a gradient norm so many times the usual one stops the run
 REMEMBERED, ENOUGH = 100, 10  # norms of the last steps; fewer than this many say nothing about what is usual
 LINES_SHOWN = 40
+OUT_OF_MEMORY = ("malloc", "out of memory", "insufficient memory", "unable to allocate")
 
 
 class Fault(Exception):
@@ -52,7 +53,8 @@ class Norms:
             bad = [f"grad_norm is {norm:.4g}, {norm / self.usual:.0f} times the usual {self.usual:.4g}"]
         if bad:
             guilty = [own for own, total in lines if not mx.isfinite(total).item()] or [own for own, _ in lines]
-            raise Fault(f"step {step}: {bad[0]}; rows at lines {listed([line for own in guilty for line in own])}")
+            rows = listed([line for own in guilty for line in own])
+            raise Fault(f"step {step}: {bad[0]}; rows at lines {rows}. Look at these rows, or lower --learning-rate")
         self.first = [*self.first, norm][:ENOUGH]
         self.last = [*self.last[1 - REMEMBERED :], norm]
 
@@ -63,7 +65,8 @@ def refuse_broken_weights(step: int, weights: dict[str, Any]) -> None:
     finite: Any = mx.stack([mx.isfinite(value).all() for value in arrays.values()]).tolist()
     broken = [name for name, good in zip(arrays, finite, strict=True) if not good]
     if broken:
-        raise Fault(f"step {step}: {len(broken)} trained tensors hold NaN or infinity, {broken[0]} among them")
+        told = f"{len(broken)} trained tensors hold NaN or infinity, {broken[0]} among them"
+        raise Fault(f"step {step}: {told}. Lower --learning-rate")
 
 
 def contents(weights: dict[str, Any]) -> dict[str, str]:
@@ -88,6 +91,20 @@ def prove_learning(before: dict[str, str], weights: dict[str, Any], norm: float,
             "lost in rounding. Raise --learning-rate, or train in --dtype float32"
         )
     return moved
+
+
+@contextmanager
+def enough_memory(step: int) -> Iterator[None]:
+    """Inside, a failed allocation of a GPU becomes a Fault; a CPU's, if it fails, ends the process."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not any(sign in str(error).lower() for sign in OUT_OF_MEMORY):
+            raise
+        raise Fault(
+            f"step {step}: out of memory ({str(error).splitlines()[0]}). Lower --batch-size, --batch-tokens or "
+            "--max-length, or add --grad-checkpoint"
+        ) from error
 
 
 @contextmanager

@@ -17,6 +17,7 @@ import numpy as np
 from . import fingerprint
 from .batch import Batch, Example
 from .data import cache_dir
+from .guard import Fault
 from .policy import Policy
 
 VERSION = 1  # raise it when the same policy gives the same row another number
@@ -44,7 +45,7 @@ class Reference:
         found = [self.find(example) for example in examples]
         if any(values is None for values in found):
             if self.sealed:
-                raise RuntimeError("the policy has moved, and the reference of a row was not computed before")
+                raise Fault("the reference's numbers are lost and the policy has moved; --resume computes them again")
             with self.policy.reference(self.kind):
                 fresh = np.array(self.policy.totals(batch)).astype("<f4")
             counts = [len(example.completions) for example in examples]

@@ -73,8 +73,9 @@ class RunFolder:
             raise UserError(f"--output {self.root}: is a file; name a folder")
         self.found = checkpoint.newest(self.checkpoints)
         if not self.settings.resume:
-            marks = (self.metrics_path, self.root / checkpoint.ADAPTER, self.root / FULL_MODEL)
-            if self.found or any(mark.exists() for mark in marks):
+            results = (self.root / checkpoint.ADAPTER, self.root / FULL_MODEL)
+            begun = self.metrics_path.exists() and self.metrics_path.stat().st_size > 0
+            if self.found or begun or any(result.exists() for result in results):
                 raise UserError(
                     f"--output {self.root}: holds a run already; --resume goes on with it, or name another folder"
                 )

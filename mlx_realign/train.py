@@ -7,7 +7,6 @@ Reading order: `main` -> `run` (what is needed, in order) -> `Loop.run` (THE loo
 import math
 import sys
 import time
-from collections.abc import Sequence
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -18,7 +17,7 @@ import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_map
 
-from . import adapter, checkpoint, config, data, fingerprint, forward, guard, methods, optim, selfcheck
+from . import adapter, checkpoint, config, data, fingerprint, guard, methods, optim, prepare, selfcheck
 from .batch import LossOutput
 from .checkpoint import DiskFull
 from .errors import UserError
@@ -26,11 +25,10 @@ from .estimate import estimate, facts
 from .feed import Feed
 from .guard import Fault, Interrupted, interruptible
 from .policy import Policy
+from .prepare import Rows
 from .progress import Reporter, duration
 from .reference import Reference
 from .runfolder import RunFolder
-
-Rows = str | Path | Sequence[dict[str, Any]]
 
 
 def main(argv: list[str]) -> int:
@@ -76,19 +74,19 @@ def run(
 ) -> dict[str, Any]:
     """Everything a run needs, in order; returns the last metrics row (a dry run: its estimates)."""
     module = methods.find(method)
-    refuse_pointless(settings, module)
+    prepare.refuse_pointless(settings, module)
     folder = RunFolder(settings, method, own)
     if not settings.dry_run:
         folder.check()
     with reporter.waiting(f"loading {settings.model}"):
-        policy = prepared(policy, settings)
+        policy = prepare.ready(policy, settings)
         checks = selfcheck.run(policy)
     for line in (*policy.notes, *checks.notes):
         reporter.say(line)
     load = partial(data.load, tokenizer=policy.tokenizer, format=module.FORMAT, settings=settings)
     with reporter.waiting("reading the data"):
         train_rows = load(rows if rows is not None else settings.data)
-        held_out = _held_out(settings, rows, load)
+        held_out = prepare.held_out_rows(settings, rows, load)
     for line in train_rows.report["notes"]:
         reporter.say(line)
     loop = Loop(policy, module, own, settings, train_rows, held_out, folder, reporter)
@@ -99,45 +97,6 @@ def run(
         return found
     folder.open(loop.identity, found)
     return loop.run()
-
-
-def refuse_pointless(settings: config.TrainSettings, module: Any) -> None:
-    """UserError for a setting that would be ignored, or harm, with this method or optimizer."""
-    if settings.lora_dropout and module.FORMAT != "sft":
-        raise UserError("--lora-dropout is for sft: here the noise would stand between log-probs that are compared")
-    if settings.lora_dropout and settings.full:
-        raise UserError("--lora-dropout is of an adapter: with --full there is none")
-    if settings.weight_decay and settings.optimizer == "adam":
-        raise UserError("--weight-decay has no effect on --optimizer adam: take adamw")
-
-
-def prepared(policy: Policy | None, settings: config.TrainSettings) -> Policy:
-    """The policy with what is to be trained free, its dropout and checkpointing as these settings say."""
-    if policy is None:
-        policy = Policy.from_settings(settings)
-    else:
-        if settings.full and adapter.adapters_of(policy.model):
-            raise UserError("--full: the policy carries an adapter; fuse it first (mlx-realign export --to fused)")
-        if not settings.grad_checkpoint:
-            forward.uncheckpoint_layers(policy.model)  # an earlier stage may have asked for it
-        policy.prepare(settings)
-    if settings.full and any(hasattr(module, "bits") for _, module in policy.model.named_modules()):
-        raise UserError("--full: the weights are quantised and cannot be trained; train an adapter, or a dense model")
-    for layer in adapter.adapters_of(policy.model).values():
-        layer.dropout = settings.lora_dropout  # whatever the adapter it starts from was trained with
-    return policy
-
-
-def _held_out(settings: config.TrainSettings, rows: Rows | None, load: Any) -> data.Dataset | None:
-    named = rows if rows is not None else settings.data
-    if settings.eval_data:
-        return load(settings.eval_data)
-    if isinstance(named, str | Path) and data.has_split(named, "valid"):
-        return load(named, split="valid")
-    if settings.early_stop or settings.eval_every:
-        flag = "early-stop" if settings.early_stop else "eval-every"
-        raise UserError(f"--{flag} needs held-out rows: give --eval-data, or a data folder with a valid.jsonl")
-    return None
 
 
 class Loop:
@@ -185,7 +144,7 @@ class Loop:
         except DiskFull as full:
             raise DiskFull(f"{full}. Make room and go on with --resume. {self.left_behind()}") from full
         except Fault as fault:
-            raise Fault(f"{fault}. Look at the data, or lower --learning-rate. {self.left_behind()}") from fault
+            raise Fault(f"{fault}. {self.left_behind()}") from fault
         finally:
             if self.reference:
                 self.reference.close()
@@ -196,7 +155,9 @@ class Loop:
         eval_every = self.settings.eval_every or -(-self.feed.per_epoch // self.settings.gradient_accumulation)
         with self.folder.metrics() as metrics, interruptible() as asked:
             while not self.over():
-                row = self.step()
+                with guard.enough_memory(self.done + 1):
+                    row = self.step()
+                self.tell_memory(row["peak_memory_gb"])
                 metrics.write(row)
                 self.reporter.row(row)
                 better = False
@@ -242,7 +203,6 @@ class Loop:
             self.prove_learning(before, row["grad_norm"], rate)
         self.done, self.tokens = number, self.tokens + tokens
         took, peak = time.perf_counter() - started, mx.get_peak_memory() / 1e9
-        self.peak_gb = max(self.peak_gb, peak)
         row |= {"learning_rate": rate, **averages(out), "num_tokens": self.tokens}
         speed = {"tokens_per_second": tokens / took, "step_s": took, "peak_memory_gb": peak}
         return row | {"epoch": self.feed.epoch_after(number)} | speed
@@ -316,6 +276,16 @@ class Loop:
         newest = checkpoint.newest(self.folder.checkpoints)
         use = "" if self.settings.full else ", which also serves as --adapter of another run"
         return f"The newest checkpoint is {newest}{use}" if newest else "There is no checkpoint yet"
+
+    def tell_memory(self, peak_gb: float) -> None:
+        """Remember the peak, and say once where it is above what the user wants."""
+        limit = self.settings.memory_limit
+        if limit and self.peak_gb <= limit < peak_gb:
+            self.reporter.say(
+                f"a step took {peak_gb:.2f} GB, more than --memory-limit {limit:g}: MLX could do with no less. "
+                "Lower --batch-size, --batch-tokens or --max-length, or add --grad-checkpoint"
+            )
+        self.peak_gb = max(self.peak_gb, peak_gb)
 
     def prove_learning(self, before: dict[str, str], norm: float, rate: float) -> None:
         """After the first optimizer step: trained weights moved, the base did not; else Fault."""

@@ -14,6 +14,7 @@ from train_tools import cache, pair_rows
 from mlx_realign import adapter, data, fingerprint
 from mlx_realign.batch import Example
 from mlx_realign.config import TrainSettings
+from mlx_realign.guard import Fault
 from mlx_realign.methods import dpo
 from mlx_realign.policy import Policy
 from mlx_realign.reference import FILE, Reference
@@ -217,7 +218,7 @@ def test_a_policy_that_has_moved_for_good_is_not_asked(ready):
     found.totals(rows[:2], data.collate(rows[:2]))
     found.seal()
     found.totals(rows[:2], data.collate(rows[:2]))
-    with pytest.raises(RuntimeError, match="has moved"):
+    with pytest.raises(Fault, match="the policy has moved; --resume computes them again"):
         found.totals(rows, data.collate(rows))
 
 

@@ -171,6 +171,8 @@ def test_evaluating_without_held_out_rows_is_refused(tiny_model_dir, tmp_path, p
     [
         (("--lora-dropout", 0.1), "--lora-dropout is for sft"),
         (("--optimizer", "adam", "--weight-decay", 0.1), "--weight-decay has no effect on --optimizer adam"),
+        (("--full", "--adapter", "x"), "--full trains the model's own weights: fuse --adapter into it first"),
+        (("--full", "--method", "sft", "--lora-dropout", 0.1), "--lora-dropout is of an adapter"),
         (("--report-to", "trackio"), "--report-to trackio: not installed; pip install trackio"),
     ],
 )

@@ -4,6 +4,7 @@
 import json
 import math
 import resource
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -33,7 +34,7 @@ def test_nan_stops_with_the_step_the_metric_and_the_lines(tiny_model_dir, tmp_pa
     out, err = capsys.readouterr()
     assert run.code == 1
     assert err.startswith(
-        "stopped: step 2: loss is nan; rows at lines 3, 4. Look at the data, or lower --learning-rate"
+        "stopped: step 2: loss is nan; rows at lines 3, 4. Look at these rows, or lower --learning-rate"
     )
     newest = run.folder / "checkpoints" / "step-000001"
     assert f"The newest checkpoint is {newest}" in err and "Traceback" not in err
@@ -51,9 +52,9 @@ def test_json_says_the_fault_as_json(tiny_model_dir, tmp_path, pairs, capsys):
 
 def test_only_the_micro_batch_that_is_not_finite_is_named():
     norms = guard.Norms()
-    with pytest.raises(guard.Fault, match="step 5: loss is nan; rows at lines 7, 9$"):
+    with pytest.raises(guard.Fault, match="step 5: loss is nan; rows at lines 7, 9\\."):
         norms.refuse(5, math.nan, 1.0, [([1, 2], mx.array(1.0)), ([9, 7], mx.array(math.nan))])
-    with pytest.raises(guard.Fault, match="grad_norm is inf; rows at lines 1, 2, 7, 9$"):
+    with pytest.raises(guard.Fault, match="grad_norm is inf; rows at lines 1, 2, 7, 9\\."):
         norms.refuse(5, 1.0, math.inf, [([1, 2], mx.array(1.0)), ([9, 7], mx.array(1.0))])
 
 
@@ -106,26 +107,58 @@ def test_a_step_that_is_lost_in_rounding_is_told(tiny_model_dir, tmp_path, pairs
     assert "no trained weight moved, although the gradient's norm is" in capsys.readouterr().err
 
 
-def test_a_first_step_that_moves_the_base_is_told(tiny_model_dir, tmp_path):
-    """A loss with a side effect: it changes one entry of one frozen matrix."""
-    settings = TrainSettings(model=str(tiny_model_dir), data="rows", output=str(tmp_path / "out"), steps=1)
-    with cache(tmp_path / "cache"):
+def run_with(loss: Callable[[Policy, Scores, Batch], LossOutput], model: Path, folder: Path) -> None:
+    """One step of a method made of this loss, on four rows."""
+    settings = TrainSettings(model=str(model), data="rows", output=str(folder / "out"), steps=1)
+    with cache(folder / "cache"), Reporter() as reporter:
         policy = Policy.from_settings(settings)
         rows = data.load(sft_rows(4), policy.tokenizer, format="sft", settings=settings)
+        bound = lambda scores, batch, config: loss(policy, scores, batch)  # noqa: E731
+        method = SimpleNamespace(loss=bound, reference=lambda own: None, LEARNING_RATE=1e-3)
+        output = RunFolder(settings, "sft", sft.Config())
+        loop = Loop(policy, method, sft.Config(), settings, rows, None, output, reporter)
+        output.open(loop.identity, {})
+        loop.run()
 
-        def loss(scores: Scores, batch: Batch, config: object) -> LossOutput:
-            linear = dict(policy.model.named_modules())["model.layers.0.mlp.up_proj"].linear
-            linear.weight = linear.weight.at[3, 4].add(1e-6)
-            mx.eval(linear.weight)
-            return sft.loss(scores, batch, sft.Config())
 
-        method = SimpleNamespace(loss=loss, reference=lambda own: None, LEARNING_RATE=1e-3)
-        folder = RunFolder(settings, "sft", sft.Config())
-        with Reporter() as reporter:
-            loop = Loop(policy, method, sft.Config(), settings, rows, None, folder, reporter)
-            folder.open(loop.identity, {})
-            with pytest.raises(guard.Fault, match="step 1: the optimizer moved weights of the frozen base"):
-                loop.run()
+def test_a_first_step_that_moves_the_base_is_told(tiny_model_dir, tmp_path):
+    """A loss with a side effect: it changes one entry of one frozen matrix."""
+
+    def loss(policy: Policy, scores: Scores, batch: Batch) -> LossOutput:
+        linear = dict(policy.model.named_modules())["model.layers.0.mlp.up_proj"].linear
+        linear.weight = linear.weight.at[3, 4].add(1e-6)
+        mx.eval(linear.weight)
+        return sft.loss(scores, batch, sft.Config())
+
+    with pytest.raises(guard.Fault, match="step 1: the optimizer moved weights of the frozen base"):
+        run_with(loss, tiny_model_dir, tmp_path)
+
+
+def test_a_gpu_that_runs_out_of_memory_is_told_and_other_errors_are_left_alone(tiny_model_dir, tmp_path):
+    """The words are Metal's; on a CPU the system ends the process instead."""
+
+    def greedy(policy: Policy, scores: Scores, batch: Batch) -> LossOutput:
+        raise RuntimeError("[metal::malloc] Attempting to allocate 99 bytes which is greater than the maximum of 9.")
+
+    def broken(policy: Policy, scores: Scores, batch: Batch) -> LossOutput:
+        raise RuntimeError("a bug")
+
+    with pytest.raises(guard.Fault, match="step 1: out of memory .*99 bytes.* Lower --batch-size.* no checkpoint yet"):
+        run_with(greedy, tiny_model_dir, tmp_path)
+    with pytest.raises(RuntimeError, match="^a bug$"):  # nothing was done in that folder, so it can be used again
+        run_with(broken, tiny_model_dir, tmp_path)
+
+
+def test_a_memory_limit_that_does_not_hold_is_said_once(tiny_model_dir, tmp_path, pairs, capsys):
+    limits = mx.set_memory_limit(1 << 40), mx.set_cache_limit(1 << 40)
+    try:
+        run = launch(tmp_path / "out", tiny_model_dir, pairs, "--memory-limit", 0.001, "--steps", 3)
+    finally:
+        mx.set_memory_limit(limits[0])
+        mx.set_cache_limit(limits[1])
+    said = [line for line in capsys.readouterr().out.splitlines() if "--memory-limit" in line]
+    peak = run.rows[0]["peak_memory_gb"]
+    assert len(said) == 1 and said[0].startswith(f"a step took {peak:.2f} GB, more than --memory-limit 0.001:")
 
 
 def test_a_full_disk_is_told_and_the_last_good_checkpoint_goes_on(tiny_model_dir, tmp_path, pairs, capsys):

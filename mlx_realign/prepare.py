@@ -1,0 +1,55 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a run's settings ask of its policy and its data before the first step; what makes no sense is refused."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from . import adapter, data, forward
+from .config import TrainSettings
+from .errors import UserError
+from .policy import Policy
+
+Rows = str | Path | Sequence[dict[str, Any]]
+
+
+def refuse_pointless(settings: TrainSettings, module: Any) -> None:
+    """UserError for a setting that would be ignored, or harm, with this method or optimizer."""
+    if settings.lora_dropout and module.FORMAT != "sft":
+        raise UserError("--lora-dropout is for sft: here the noise would stand between log-probs that are compared")
+    if settings.full and settings.adapter:
+        raise UserError("--full trains the model's own weights: fuse --adapter into it first (mlx-realign export)")
+    if settings.lora_dropout and settings.full:
+        raise UserError("--lora-dropout is of an adapter: with --full there is none")
+    if settings.weight_decay and settings.optimizer == "adam":
+        raise UserError("--weight-decay has no effect on --optimizer adam: take adamw")
+
+
+def ready(policy: Policy | None, settings: TrainSettings) -> Policy:
+    """The policy with what is to be trained free, its dropout and checkpointing as these settings say."""
+    if policy is None:
+        policy = Policy.from_settings(settings)
+    else:
+        if settings.full and adapter.adapters_of(policy.model):
+            raise UserError("--full: the policy carries an adapter; fuse it first (mlx-realign export --to fused)")
+        if not settings.grad_checkpoint:
+            forward.uncheckpoint_layers(policy.model)  # an earlier stage may have asked for it
+        policy.prepare(settings)
+    if settings.full and any(hasattr(module, "bits") for _, module in policy.model.named_modules()):
+        raise UserError("--full: the weights are quantised and cannot be trained; train an adapter, or a dense model")
+    for layer in adapter.adapters_of(policy.model).values():
+        layer.dropout = settings.lora_dropout  # whatever the adapter it starts from was trained with
+    return policy
+
+
+def held_out_rows(settings: TrainSettings, rows: Rows | None, load: Callable[..., data.Dataset]) -> data.Dataset | None:
+    """Those of --eval-data, else the data folder's own. UserError where there are none and a setting needs them."""
+    named = rows if rows is not None else settings.data
+    if settings.eval_data:
+        return load(settings.eval_data)
+    if isinstance(named, str | Path) and data.has_split(named, "valid"):
+        return load(named, split="valid")
+    if settings.early_stop or settings.eval_every:
+        flag = "early-stop" if settings.early_stop else "eval-every"
+        raise UserError(f"--{flag} needs held-out rows: give --eval-data, or a data folder with a valid.jsonl")
+    return None
