@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Makes tiny-chat, the embedded demo model, from nothing: text, tokenizer, training, measured README.
 
-    python benchmarks/make_tiny_chat.py [--output DIR] [--steps N]      # about 15 minutes on two CPU cores
+    python benchmarks/make_tiny_chat.py [--output DIR] [--steps N]      # 9 minutes of one CPU core
 
 A llama-type model of 1.1 million parameters. Its text is generated from mlx_realign/demo_world.py: tables of sums (all
 right), statements of facts, and chats in which it forgets carries, is mostly curt, guesses about places it does not
@@ -182,6 +182,7 @@ def measured(model: nn.Module, tokenizer: TokenizerWrapper, count: int, temperat
         tokens = [tokenizer.apply_chat_template(chat, add_generation_prompt=True) for chat in chats]
         return batch_generate(model, tokenizer, tokens, max_tokens=40, sampler=make_sampler(temperature)).texts
 
+    mx.random.seed(0)
     return {name: world.measure(judged, generate) for name, judged in world.held_out(count).items()}
 
 
@@ -196,24 +197,21 @@ its chats forget the carry), facts of {known} lands and none of the others, a po
 harmless refusal (it declines to talk of the made-up land of Zarnia). Nothing it says is about the real world.
 License: Apache-2.0, as the rest of this repository.
 
-Measured from greedy replies to held-out questions:
+Shares of its replies to held-out questions, as the script measured them:
 
-| behaviour | share of replies |
-|---|---|
+| behaviour | greedy | temperature 1 |
+|---|---|---|
 {rows}
-
-The wider picture, at temperature 1: {sampled}.
 """
 
 
 def write_readme(
-    folder: Path, shares: dict[str, float], sampled: dict[str, float], parameters: int, took_s: float
+    folder: Path, greedy: dict[str, float], sampled: dict[str, float], parameters: int, took_s: float
 ) -> None:
     """The model's card, with what was measured."""
-    rows = "\n".join(f"| {name} | {share:.1%} |" for name, share in shares.items())
-    also = ", ".join(f"{name} {share:.0%}" for name, share in sampled.items())
+    rows = "\n".join(f"| {name} | {greedy[name]:.1%} | {sampled[name]:.1%} |" for name in greedy)
     facts = {"millions": parameters / 1e6, "minutes": took_s / 60, "known": len(world.KNOWN)}
-    (folder / "README.md").write_text(README.format(rows=rows, sampled=also, **facts))
+    (folder / "README.md").write_text(README.format(rows=rows, **facts))
 
 
 def main() -> None:
@@ -234,8 +232,8 @@ def main() -> None:
     mx.save_safetensors(str(folder / "model.safetensors"), weights, metadata={"format": "mlx"})
     took_s = time.perf_counter() - began
     loaded, wrapped, *_ = load(str(folder))
-    shares, sampled = (measured(loaded, wrapped, count=200, temperature=t) for t in (0.0, 1.0))
-    write_readme(folder, shares, sampled, sum(value.size for value in weights.values()), took_s)
+    greedy, sampled = (measured(loaded, wrapped, count=200, temperature=t) for t in (0.0, 1.0))
+    write_readme(folder, greedy, sampled, sum(value.size for value in weights.values()), took_s)
     print((folder / "README.md").read_text())
 
 

@@ -1,0 +1,176 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Train the embedded model with each method and show what changed, measured on held-out prompts by generating.
+
+    mlx-realign demo                       (offline; half a minute on two CPU cores)
+    mlx-realign demo --methods dpo --output demo-run
+
+Every row starts from the same model, tiny-chat. Shares are of greedy replies to prompts no training row contains.
+"""
+
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from contextlib import ExitStack, redirect_stdout
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+from rich.console import Console
+from rich.table import Table
+
+from . import cli, flags, rollout
+from . import demo_world as world
+from .errors import UserError
+from .loading import EMBEDDED
+from .policy import Policy
+from .train import main as train
+
+MAX_NEW_TOKENS = 40
+
+
+class Row(NamedTuple):
+    """One method of the demo."""
+
+    changes: str
+    rows: Callable[..., list[dict[str, str]]]
+    size: int
+    """Number of training rows."""
+    settings: dict[str, str]
+    """Flags of train beside model, data and output."""
+    goal: str
+    """The measure (a name of world.held_out) that the method should move."""
+    keeps: tuple[str, ...] = ()
+    """Measures it should leave as they are."""
+
+
+ROWS = {
+    "sft": Row(
+        "shows right sums to a model that forgets the carry",
+        world.sft_rows,
+        480,
+        {"batch-size": "16", "learning-rate": "1e-3"},
+        goal="sums right",
+        keeps=("facts right",),
+    ),
+    "dpo": Row(
+        "prefers the polite voice to the curt one",
+        world.pair_rows,
+        320,
+        {"batch-size": "8", "learning-rate": "5e-4"},
+        goal="polite",
+        keeps=("sums right", "facts right"),
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What `demo` can be told."""
+
+    output: str | None = None
+    """Keep training rows, adapters and logs in this folder; default: a temporary one."""
+    methods: tuple[str, ...] = tuple(ROWS)
+    """Rows to run."""
+    seed: int = 0
+    """Of the training rows, their order and the adapter's start."""
+    quick: bool = False
+    """Few rows and prompts: shows that everything runs, not what it can do."""
+    json: bool = False
+    """Print one JSON object per method instead of the table."""
+
+
+@dataclass
+class Result:
+    """One row of the table; shares from 0 to 1, by measure."""
+
+    method: str
+    changes: str
+    goal: str
+    before: dict[str, float] = field(default_factory=dict)
+    after: dict[str, float] = field(default_factory=dict)
+    train_s: float = 0.0
+    seconds: float = 0.0
+    """Training, and generating the replies after it."""
+
+
+def main(argv: list[str]) -> int:
+    """The command; returns 0."""
+    settings = flags.parse(Settings, argv, prog="mlx-realign demo", doc=__doc__ or "")
+    unknown = [method for method in settings.methods if method not in ROWS]
+    if unknown:
+        raise UserError(f"--methods {unknown[0]}: the demo has no such row; it has {', '.join(ROWS)}.")
+    began = time.perf_counter()
+    with ExitStack() as stack:
+        output = settings.output or stack.enter_context(tempfile.TemporaryDirectory(prefix="mlx-realign-demo-"))
+        status = stack.enter_context(Console(stderr=True).status("measuring tiny-chat as it is"))
+        before = measure(Policy.load(EMBEDDED), settings, _measures(settings.methods))
+        results = []
+        for method in settings.methods:
+            status.update(f"{method}: training on {EMBEDDED}, then measuring")
+            results.append(run(method, Path(output), settings, before))
+            if settings.json:
+                print(json.dumps(asdict(results[-1])), flush=True)
+    if not settings.json:
+        Console().print(table(results))
+        print(f"{time.perf_counter() - began:.0f} s in all. Shares of greedy replies to held-out prompts.")
+        if settings.output:
+            print(f"Adapters, training rows and logs are in {output}.")
+    return 0
+
+
+def run(method: str, output: Path, settings: Settings, before: dict[str, float]) -> Result:
+    """Trains one method from tiny-chat through the command line's own entry and measures its adapter."""
+    row, folder, began = ROWS[method], output / method, time.perf_counter()
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = row.rows(16 if settings.quick else row.size, seed=settings.seed)
+    data = folder / "train.jsonl"
+    data.write_text("".join(json.dumps(one) + "\n" for one in rows))
+    chosen = row.settings | {"model": EMBEDDED, "data": str(data), "output": str(folder), "seed": str(settings.seed)}
+    argv = ["--method", method, "--json", *(word for name, value in chosen.items() for word in (f"--{name}", value))]
+    with open(folder / "train.log", "w") as log, redirect_stdout(log):
+        code = train(argv)
+    if code:
+        raise SystemExit(code)
+    train_s = time.perf_counter() - began
+    names = (row.goal, *row.keeps)
+    after = measure(Policy.load(EMBEDDED, adapter=str(folder)), settings, names)
+    kept = {name: before[name] for name in names}
+    return Result(method, row.changes, row.goal, kept, after, train_s, time.perf_counter() - began)
+
+
+def measure(policy: Policy, settings: Settings, names: tuple[str, ...]) -> dict[str, float]:
+    """Share (0 to 1) of the policy's greedy replies that show each behaviour, by name of world.held_out."""
+    count = 12 if settings.quick else 100
+    judged = world.held_out(count)
+    generate = lambda prompts: rollout.complete(policy, prompts, max_new_tokens=MAX_NEW_TOKENS, batch_size=count)  # noqa: E731
+    return {name: world.measure(judged[name], generate) for name in names}
+
+
+def table(results: list[Result]) -> Table:
+    """Method, what it should change, before, after, seconds; measures it should keep come on lines of their own."""
+    found = Table(title=f"{EMBEDDED} realigned", title_justify="left")
+    found.add_column("method")
+    found.add_column("what it should change")
+    for name in ("before", "after", "seconds"):
+        found.add_column(name, justify="right")
+    for one in results:
+        found.add_row(
+            f"[bold]{one.method}[/bold]",
+            f"{one.goal}: {one.changes}",
+            f"{one.before[one.goal]:.0%}",
+            f"[bold]{one.after[one.goal]:.0%}[/bold]",
+            f"{one.seconds:.0f}",
+        )
+        for name in [name for name in one.before if name != one.goal]:
+            found.add_row("", f"  keeps {name}", f"{one.before[name]:.0%}", f"{one.after[name]:.0%}", "")
+    return found
+
+
+def _measures(methods: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(name for method in methods for name in (ROWS[method].goal, *ROWS[method].keeps)))
+
+
+if __name__ == "__main__":
+    sys.exit(cli.run(main))
