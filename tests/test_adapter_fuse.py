@@ -2,6 +2,7 @@
 """Fused models: the adapted model's logits without an adapter, and the rounding that this costs, as measured."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,8 @@ def test_a_quantised_base_is_fused_only_when_told_how(
     model, config = mlx_lm.utils.quantize_model(model, config, 32, 4)
     mlx_lm.utils.save_model(tmp_path / "base", model)
     (tmp_path / "base" / "config.json").write_text(json.dumps(config))
+    for file in source.glob("tokenizer*"):
+        shutil.copy(file, tmp_path / "base")
     adapter.attach(model, rank=4, alpha=8)
     for layer in adapter.adapters_of(model).values():
         layer.lora_b = layer.lora_b + 0.002 * mx.random.normal(layer.lora_b.shape, key=mx.random.key(0))
