@@ -47,6 +47,17 @@ def test_log_probs_are_those_of_each_row_alone(arch: str):
         assert not found[len(expected) :].any()
 
 
+def test_prompts_of_one_token_are_plain_text():
+    """Then there is nothing to share but a column of padding, which nobody may see."""
+    policy, examples = make_policy("mistral"), make_examples([(1, [5, 12]), (1, [3])])
+    for sharing in (True, False):
+        logps = np.array(with_sharing(policy, sharing).scores(collate(examples)).logps)
+        for found, expected in zip(logps, naive_logps(policy.model, examples), strict=True):
+            np.testing.assert_allclose(found[: len(expected)], expected, atol=3e-5)
+    shared, plain = (policy_gradient(with_sharing(policy, on), collate(examples)) for on in (True, False))
+    assert gap(shared, plain) <= EXACT
+
+
 @pytest.mark.parametrize("arch", SHARING)
 def test_shared_prompts_give_the_plain_gradient(arch: str):
     """Prompts of 1 to 19 tokens, windows of 8 where the model has one, up to three completions to a prompt."""
