@@ -15,6 +15,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
+from . import balance
 from .forward import layers_of
 from .kernels.token_scores import Head, Weight
 
@@ -70,7 +71,7 @@ class Body:
             return hidden
         if self.bare:
             return getattr(self.module, self.method)(hidden)
-        with self.tap.set("inject", hidden[None]):
+        with balance.listening(), self.tap.set("inject", hidden[None]):  # the probe's routers have nothing to say
             return self.model(PROBE[:, :1])[0]  # lazily: only what stands after the tap is ever computed
 
     def head(self) -> Head:

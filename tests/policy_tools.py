@@ -24,6 +24,7 @@ EXTRAS: dict[str, dict[str, Any]] = {
     "gemma2": {"query_pre_attn_scalar": 16},  # soft caps on logits and attention; 5-D attention scores
     "cohere2": {"layer_norm_eps": 1e-5, "logit_scale": 0.25, "sliding_window_pattern": 2, **WINDOW},
     "granite": {"attention_bias": False, "mlp_bias": False, **SCALED},
+    "granitemoe": {"attention_bias": False, "num_local_experts": 4, "num_experts_per_tok": 2, **SCALED},
     "gpt_oss": {
         "num_local_experts": 4,
         "num_experts_per_tok": 2,

@@ -34,7 +34,7 @@ COEFFICIENT = {"router_aux_loss_coef": 0.7}
 def moe_policy(arch: str = "qwen3_moe", config: dict[str, Any] | None = None, **lora: Any) -> Policy:
     """A tiny mixture whose config.json defines the loss."""
     policy = make_policy(make_model(arch), **lora)
-    experts = "num_local_experts" if arch in ("gpt_oss", "mixtral") else "num_experts"
+    experts = "num_local_experts" if arch in ("gpt_oss", "granitemoe") else "num_experts"
     policy.config |= {experts: 4, "num_experts_per_tok": 2, **(COEFFICIENT if config is None else config)}
     policy.refresh()
     return policy
@@ -89,7 +89,7 @@ def test_loss_and_gradients_are_hugging_faces(sharing: bool, recomputed: bool, t
     assert CONFIG["router_aux_loss_coef"] == policy.balance.coefficient  # pyright: ignore[reportOptionalMemberAccess]
 
 
-@pytest.mark.parametrize("arch", ["qwen3_moe", "olmoe", "gpt_oss"])
+@pytest.mark.parametrize("arch", ["qwen3_moe", "olmoe", "gpt_oss", "granitemoe"])
 def test_every_way_gives_the_same(arch: str):
     policy, batch = moe_policy(arch), make_batch()
     plain = policy.gradients(batch, nothing)
