@@ -40,7 +40,7 @@ def _through_datasets(repo: str, config: str, split: str) -> Path:
     if target.is_file():
         return target
     try:
-        from datasets import load_dataset
+        from datasets import load_dataset  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise UserError(
             f"{repo} has no {SPLITS.get(split, (split,))[0]}; reading its other files needs `pip install datasets`"
