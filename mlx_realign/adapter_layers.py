@@ -13,6 +13,8 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 
+from .workers import stretch
+
 Base = Any  # a linear, embedding or expert layer, dense or quantised: MLX's types do not say what attributes they have
 
 LINEAR = (nn.Linear, nn.QuantizedLinear)
@@ -185,9 +187,11 @@ def _fused(linear: Base, x: mx.array, a: mx.array, b: mx.array) -> mx.array:
             da, db = (d.reshape(-1, d.shape[-1]).T @ rows).T, (rows @ a).T @ drows
             # Lazy: computed only where someone trains the base as well.
             base = [drows.T @ rows, drows.sum(axis=0)][: len(weights)]
+        stretch(dx, da, db)
         return dx, da, db, *base
 
     y: Any = run(x, a, b, *weights)
+    stretch(y)
     return y
 
 
