@@ -83,3 +83,18 @@ def sections(page: Path) -> dict[str, str]:
     """Title of each second-level heading -> its text."""
     parts = re.split(r"^## (.+)$", page.read_text(encoding="utf-8"), flags=re.MULTILINE)
     return dict(zip(parts[1::2], parts[2::2], strict=True))
+
+
+def tables(text: str) -> list[list[dict[str, str]]]:
+    """Every table of a text: its rows, each a cell by the head of its column."""
+    found, head = [], None
+    for line in text.splitlines():
+        cells = [cell.strip() for cell in line.strip()[1:-1].split("|")] if line.startswith("|") else None
+        if cells is None:
+            head = None
+        elif head is None:
+            head = cells
+            found.append([])
+        elif set("".join(cells)) != {"-"}:  # the line below the head
+            found[-1].append(dict(zip(head, cells, strict=True)))
+    return found

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the pages say is so: every command runs (training with --dry-run), every row is good, every name exists."""
 
+import ast
 import importlib
 import io
 import json
@@ -14,10 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from docs_tools import PAGES, ROOT, Block, Command, commands, every, name, sections
+from docs_tools import PAGES, ROOT, Block, Command, commands, every, name, sections, tables
 
-from mlx_realign import cli, config, data, flags, methods
+from mlx_realign import cli, config, data, flags, losses, methods
 from mlx_realign.data.validate import validate
+from mlx_realign.methods import dpo
 
 GUIDE, SKILL = ROOT / "docs/training-methods.md", ROOT / ".claude/skills/training-methods.md"
 COMMANDS = [command for page in PAGES for command in commands(page)]
@@ -197,6 +199,46 @@ def test_metrics_to_watch_are_those_a_run_writes(method: str, desk: Path, model:
         assert watch
         named = set(re.findall(r"`([a-z_/]+)`", watch[0]))
         assert named and named <= written, f"{name(page)}: {named - written}"
+
+
+def test_the_guide_tells_every_loss_of_dpo_with_its_default_and_its_paper():
+    (told,) = [rows for rows in tables(sections(GUIDE)["dpo"]) if "paper" in rows[0]]
+    names = [row["`--loss-type`"].strip("`") for row in told]
+    assert sorted(names) == sorted(dpo.names())
+    source = Path(losses.__file__).read_text()
+    for row, loss in zip(told, names, strict=True):
+        if loss == "sft":  # no beta, and nobody's paper
+            continue
+        assert float(row["beta"].split()[0]) == dpo.Config().beta_of(loss)
+        assert row["paper"].removeprefix("arXiv:") in source, f"{loss}: losses.py names another paper"
+    assert set(names) <= set(re.findall(r"\w+", sections(SKILL)["dpo"]))
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert re.findall(r"dpo with (\d+) losses", readme) == [str(len(names))]
+
+
+def test_the_guide_tells_which_losses_take_which_variation():
+    (told,) = [rows for rows in tables(sections(GUIDE)["dpo"]) if "losses" in rows[0]]
+    takers = {row["setting"].strip("`").split()[0]: set(row["losses"].split(", ")) for row in told}
+    assert takers["--label-smoothing"] == set(dpo.TAKE_SMOOTHING)
+    assert takers["--f-divergence-type"] == set(dpo.TAKE_DIVERGENCE)
+    assert takers["--margin-scale"] == set(dpo.TAKE_MARGIN)
+
+
+@pytest.mark.parametrize("page", [GUIDE, SKILL], ids=["guide", "skill"])
+def test_every_recipe_is_named(page: Path):
+    text = page.read_text(encoding="utf-8")
+    for recipe in (config.PACKAGE / "recipes").glob("*.toml"):
+        assert recipe.stem in text, f"{name(page)} does not name the recipe {recipe.stem}"
+
+
+def test_messages_the_guide_quotes_are_those_of_the_code():
+    quoted = re.findall(r'it stops: "([^"]+)"', GUIDE.read_text(encoding="utf-8"))
+    files = [file for file in config.PACKAGE.rglob("*.py") if "assets" not in file.parts]
+    nodes = [node for file in files for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))]
+    strings = [node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str)]
+    assert len(quoted) >= 4
+    for text in quoted:
+        assert any(text in string for string in strings), f"no message says: {text}"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name)
