@@ -87,6 +87,24 @@ def test_scores_and_margin_of_a_pair_are_kept():
     assert [e.extras for e in dataset] == [{"scores": [9.0, 3.5], "margin": 5.5}, {"scores": [2.0, 1.0, 0.0]}, {}]
 
 
+@pytest.mark.parametrize(
+    ("more", "tie"),
+    [
+        ({"tie": True}, 1.0),
+        ({"chosen_score": 3, "rejected_score": 3.0}, 1.0),
+        ({"chosen_score": 3, "rejected_score": 3, "tie": None}, 1.0),
+        ({"chosen_score": 3, "rejected_score": 3, "tie": False}, None),
+        ({"chosen_score": 3, "rejected_score": 2}, None),
+        ({"chosen_score": 3, "rejected_score": 2, "tie": True}, 1.0),
+        ({"rejected": ["c", "d"], "chosen_score": 3, "rejected_score": [3, 3]}, None),
+        ({"tie": False}, None),
+        ({}, None),
+    ],
+)
+def test_ties_are_said_or_seen_in_equal_scores(more, tie):
+    assert parse({"prompt": "a", "chosen": "b", "rejected": "c", **more}, "pairs").extras.get("tie") == tie
+
+
 PAIR = {"prompt": "a", "chosen": "b", "rejected": "c"}
 BAD = [
     ("sft", [1], "a row must be a JSON object, found a list"),
@@ -132,6 +150,14 @@ BAD = [
     ("pairs", {**PAIR, "chosen": "  "}, "'chosen' is empty"),
     ("pairs", {**PAIR, "chosen": 2}, "'chosen' must be a string or a list of messages, found a number (2)"),
     ("pairs", {**PAIR, "margin": "big"}, "'margin' must be a finite number, found a string"),
+    ("pairs", {**PAIR, "tie": 1}, "'tie' must be true or false, found a number (1)"),
+    ("pairs", {**PAIR, "rejected": ["c", "b"], "tie": True}, "chosen and rejected[1] are the same"),
+    ("pairs", {"prompt": "a", "responses": []},
+     "this row is a scored group; `mlx-realign data convert FILE --from grpo --to dpo --output OUT` makes pairs"),
+    ("unpaired", {"prompt": "a", "responses": []}, "`mlx-realign data convert FILE --from grpo --to kto --output OUT`"),
+    ("pairs", {"problem": "a", "solution": "b", "responses": []},
+     "this row is a verified group; `mlx-realign data convert FILE --from rlvr --to dpo --output OUT`"),
+    ("unpaired", PAIR, "this row is pairs data; `mlx-realign data convert FILE --from dpo --to kto --output OUT`"),
     ("pairs", {**PAIR, "chosen_score": 1, "rejected_score": [1, 2]}, "'rejected_score' has 2 numbers for 1 rejected"),
     ("pairs", {"chosen": "b", "rejected": "c"}, "there is no 'prompt', and 'chosen' is a string that is not"),
     ("pairs", {"chosen": [user("a"), assistant("b")], "rejected": [user("x"), assistant("c")]}, "share no prompt"),

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Look at data before it is trained on: `validate` judges every row, `show` prints rows with their trained tokens.
+"""Look at data before it is trained on: `validate` judges it, `show` prints trained tokens, `convert` makes other rows.
 
 mlx-realign data validate rows.jsonl --method dpo --model tiny-chat --max-length 512
 mlx-realign data show rows.jsonl -n 3 --model tiny-chat
+mlx-realign data convert groups.jsonl --from grpo --to dpo --output pairs.jsonl
 """
 
 import json
@@ -15,7 +16,9 @@ from rich.console import Console
 
 from .. import cli, flags, loading, methods
 from ..errors import UserError
+from .convert import ConvertSettings, convert, why_skipped
 from .formats import FORMATS
+from .gates import GateSettings, describe
 from .show import guess_format, show, write
 from .validate import validate
 
@@ -61,25 +64,46 @@ class ShowSettings:
 
 
 def main(argv: list[str]) -> int:
-    """`validate` exits 2 when a row is bad."""
+    """`validate` exits 2 when a row is bad, or a gate fails that blocks; `convert` when a row is bad."""
     verb, rest = (argv[0], argv[1:]) if argv else ("", [])
     if verb in ("", "-h", "--help"):
-        print(f"usage: mlx-realign data validate|show FILE [flags]\n\n{(__doc__ or '').strip()}")
+        print(f"usage: mlx-realign data validate|show|convert FILE [flags]\n\n{(__doc__ or '').strip()}")
         return 0 if verb else 2
     prog = f"mlx-realign data {verb}"
     if verb == "validate":
-        doc = "Judge every row of a file; exit code 2 when one is bad."
-        return _validate(flags.parse(ValidateSettings, rest, prog=prog, doc=doc, positional=["file"]))
+        return _validate(*_parse_validate(rest, prog))
     if verb == "show":
         doc = "Print rows as the model sees them: prompt dim, trained tokens green (in brackets without colours)."
         words = ["--rows" if word == "-n" else word for word in rest]
         return _show(flags.parse(ShowSettings, words, prog=prog, doc=doc, positional=["file"]))
-    raise UserError(
-        f"data has no command {verb!r}.{flags.nearest(verb, ('validate', 'show'))} It has validate and show."
-    )
+    if verb == "convert":
+        doc = "Make pairs of groups, or labelled completions of groups and pairs; nothing is written when a row is bad."
+        source = flags.fields_of(ConvertSettings)["from_"].flag
+        words = [source + word[6:] if word.partition("=")[0] == "--from" else word for word in rest]
+        return _convert(flags.parse(ConvertSettings, words, prog=prog, doc=doc, positional=["file"]))
+    verbs = ("validate", "show", "convert")
+    raise UserError(f"data has no command {verb!r}.{flags.nearest(verb, verbs)} It has {', '.join(verbs)}.")
 
 
-def _validate(settings: ValidateSettings) -> int:
+def _parse_validate(words: list[str], prog: str) -> tuple[ValidateSettings, GateSettings]:
+    """The flags of two dataclasses from one command line."""
+    own, limits = flags.fields_of(ValidateSettings), flags.fields_of(GateSettings)
+    try:
+        values = flags.scan(words, own | limits, ["file"])
+    except flags.HelpAsked:
+        print(
+            f"usage: {prog} FILE [flags]\n\nJudge every row and the file as a whole; exit code 2 when a row is bad.\n"
+        )
+        print(f"{flags.help_text(own.values())}\n\nGates:\n{flags.help_text(limits.values())}")
+        raise SystemExit(0) from None
+    for name in ("file", "method"):
+        if name not in values:
+            raise UserError(f"{prog} needs {'FILE' if name == 'file' else own[name].flag}: {own[name].doc}")
+    gates = GateSettings(**{name: value for name, value in values.items() if name in limits})
+    return ValidateSettings(**{name: value for name, value in values.items() if name in own}), gates
+
+
+def _validate(settings: ValidateSettings, gates: GateSettings) -> int:
     if settings.max_length is not None and settings.model is None:
         raise UserError("--max-length counts tokens, so it needs --model")
     found = validate(
@@ -89,12 +113,14 @@ def _validate(settings: ValidateSettings) -> int:
         max_length=settings.max_length,
         chat_template=settings.chat_template,
         split=settings.split,
+        gates=gates,
     )
     if settings.json:
         print(json.dumps({"method": settings.method, **found}))
     else:
         _print(found)
-    return 2 if found["bad"] else 0
+    failed = gates.gate == "block" and any(one["verdict"] == "fail" for one in found["gates"])
+    return 2 if found["bad"] or failed else 0
 
 
 def _show(settings: ShowSettings) -> int:
@@ -139,6 +165,23 @@ def _print(found: dict[str, Any]) -> None:
             print(f"  in {over['completion_alone']} of them the completion alone does not fit")
     for note in found["notes"]:
         print(f"note: {note}")
+    for verdict in found["gates"] if found["good"] else []:
+        print(describe(verdict))
+
+
+def _convert(settings: ConvertSettings) -> int:
+    found = convert(settings)
+    if settings.json:
+        print(json.dumps(found))
+        return 0
+    for row in found["bad"]:
+        print(f"line {row['line']}: left out: {row['reason']}")
+    if found["skipped"]:
+        more = " ..." if found["skipped"] > len(found["skipped_lines"]) else ""
+        lines = ", ".join(map(str, found["skipped_lines"])) + more
+        print(f"{found['skipped']} of {found['read']} rows skipped (line {lines}): {why_skipped(settings)}")
+    print(f"{found['output']}: {found['written']} rows from {found['read']}")
+    return 0
 
 
 def _format(method: str) -> str:

@@ -174,6 +174,9 @@ FORMATS: dict[str, list[tuple[tuple[str, ...], Reader]]] = {
     ],
 }
 
+# Rows that no format above reads; `data convert` makes rows of other formats of them.
+GROUPS = {"grpo": ("prompt", "responses"), "rlvr": ("problem", "solution", "responses")}
+
 # Pieces. -----------------------------------------------------------------------------------------------------------
 
 
@@ -253,7 +256,10 @@ def _differ(completions: Iterable[Any], names: list[str]) -> None:
 
 
 def _pair_extras(row: dict, rejected: int) -> dict[str, Any]:
-    """chosen_score, rejected_score and margin -> {"scores": [chosen, rejected ...], "margin": float}, when given."""
+    """chosen_score, rejected_score, margin and tie -> scores [chosen, rejected ...], margin, tie (1.0), when given.
+
+    A pair with equal scores is a tie as well, unless it says `"tie": false`.
+    """
     extras: dict[str, Any] = {}
     chosen = row.get("chosen_score", row.get("score_chosen"))
     others = row.get("rejected_score", row.get("score_rejected"))
@@ -265,6 +271,11 @@ def _pair_extras(row: dict, rejected: int) -> dict[str, Any]:
         extras["scores"] = [check_number(value, name) for value, name in zip([chosen, *others], names, strict=True)]
     if row.get("margin") is not None:
         extras["margin"] = check_number(row["margin"], "margin")
+    tie, scores = row.get("tie"), extras.get("scores", [])
+    if tie is not None and not isinstance(tie, bool):
+        raise RowError(f"'tie' must be true or false, found {kind_of(tie)}")
+    if tie or (tie is None and len(scores) == 2 and scores[0] == scores[1]):
+        extras["tie"] = 1.0
     return extras
 
 
@@ -301,6 +312,8 @@ def accepted(format: str) -> str:
 def _wrong_keys(row: dict, format: str) -> str:
     found = ", ".join(repr(key) for key in row) or "none"
     message = f"keys found: {found}; {format} data has {accepted(format)}"
+    if command := _conversion(row, format):
+        return f"{message}; {command}"
     known = sorted({key for keys, _ in FORMATS[format] for key in keys})
     near = {key: difflib.get_close_matches(key, known, 1, 0.7) for key in row if key not in known}
     hints = [f"{match[0]!r} instead of {key!r}" for key, match in near.items() if match]
@@ -308,3 +321,15 @@ def _wrong_keys(row: dict, format: str) -> str:
     if hints:
         return f"{message}; did you mean {', '.join(hints)}?"
     return f"{message}; this row is {' or '.join(others)} data" if others else message
+
+
+def _conversion(row: dict, format: str) -> str | None:
+    """What such a row is, and the command that makes rows of this format of it."""
+    to = {"pairs": "dpo", "unpaired": "kto"}.get(format)
+    kinds = {"rlvr": "a verified group", "grpo": "a scored group", "dpo": "pairs data"}
+    keys = {**GROUPS, "dpo": ("chosen", "rejected")}
+    found = next((kind for kind in kinds if kind != to and all(key in row for key in keys[kind])), None)
+    if to is None or found is None:
+        return None
+    command = f"mlx-realign data convert FILE --from {found} --to {to} --output OUT"
+    return f"this row is {kinds[found]}; `{command}` makes {format} data of it"

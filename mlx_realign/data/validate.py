@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every row of a file judged by itself: what is wrong and where, how long rows are, what --max-length would cost."""
+"""A file before it is trained on: what is wrong with which row, how long rows are, what exceeds which limit."""
 
 from array import array
 from collections import Counter
@@ -14,6 +14,7 @@ from ..errors import UserError
 from . import source as sources
 from .encode import Encoder
 from .formats import Row, accepted, as_messages
+from .gates import Gates, GateSettings
 from .pipeline import Problems, chunks, examples, notes
 
 PERCENTILES = (50, 90, 99, 100)
@@ -29,11 +30,13 @@ def validate(
     max_length: int | None = None,
     chat_template: bool = True,
     split: str = "train",
+    gates: GateSettings | None = None,
 ) -> dict[str, Any]:
     """Judge a file. Lengths are in tokens of `tokenizer`, in characters without one.
 
     Returns rows, bad [{line, reason}], warnings [{line, reason}], lengths {unit, prompt, completion, total: {p50 ...}},
-    over_max_length {rows, share, completion_alone, max_length} (None without tokenizer or max_length) and notes.
+    over_max_length {rows, share, completion_alone, max_length} (None without tokenizer or max_length), notes, and gates
+    (what `Gates.verdicts` returns; empty where none are asked for).
     UserError where there is no file, no row, or messages meet a tokenizer without a template.
     """
     source = sources.resolve(path, split)
@@ -42,13 +45,18 @@ def validate(
     encoder = tokenizer and Encoder(tokenizer, chat_template=chat_template, max_length=None, truncate="error")
     sizes: dict[str, array] = {name: array("q") for name in ("prompt", "completion", "total")}
     warnings: list[dict[str, Any]] = []
+    unit, meter = "tokens" if encoder else "characters", None
+    if gates and gates.gate != "off":
+        meter = Gates(gates, format, unit=unit, max_length=max_length if encoder else None)
     for chunk in chunks(source, format, problems):
         for line, row in chunk:
             warnings += [{"line": line, "reason": reason} for reason in doubts(row)]
-        for prompt, completion in _measure(chunk, encoder, problems):
+        for line, row, prompt, completions in _measure(chunk, encoder, problems):
             sizes["prompt"].append(prompt)
-            sizes["completion"].append(completion)
-            sizes["total"].append(prompt + completion)
+            sizes["completion"].append(max(completions))
+            sizes["total"].append(prompt + max(completions))
+            if meter:
+                meter.add(line, row, prompt, completions)
     if not problems.read:
         raise UserError(f"{problems.name}: the file is empty. {format} data has rows {accepted(format)}")
     counts = encoder.counts if encoder else Counter()
@@ -59,22 +67,26 @@ def validate(
         "good": len(sizes["total"]),
         "bad": [{"line": line, "reason": reason} for line, reason in sorted(problems.bad)],
         "warnings": warnings,
-        "lengths": {"unit": "tokens" if encoder else "characters", **{n: _percentiles(s) for n, s in sizes.items()}},
+        "lengths": {"unit": unit, **{n: _percentiles(s) for n, s in sizes.items()}},
         "over_max_length": _over(sizes, max_length) if encoder and max_length else None,
         "counts": {key: int(value) for key, value in sorted(counts.items()) if value},
         "notes": notes(encoder, None) if encoder else [],
+        "gates": meter.verdicts(problems.bad) if meter else [],
     }
 
 
-def _measure(chunk: list[tuple[int, Row]], encoder: Encoder | None, problems: Problems) -> Iterator[tuple[int, int]]:
-    """(prompt, longest completion) of each good row."""
+def _measure(
+    chunk: list[tuple[int, Row]], encoder: Encoder | None, problems: Problems
+) -> Iterator[tuple[int, Row, int, list[int]]]:
+    """(line, row, length of its prompt, lengths of its completions) of each good example."""
     if encoder is None:
-        for _, row in chunk:
+        for line, row in chunk:
             prompt, completions = as_messages(row)
-            yield 0 if row.text else _chars(prompt), max(_chars(c) for c in completions)
+            yield line, row, 0 if row.text else _chars(prompt), [_chars(c) for c in completions]
         return
+    rows = dict(chunk)
     for example in examples(chunk, encoder, problems):
-        yield len(example.prompt), max(len(c.tokens) for c in example.completions)
+        yield example.line, rows[example.line], len(example.prompt), [len(c.tokens) for c in example.completions]
 
 
 def doubts(row: Row) -> Iterator[str]:
