@@ -65,6 +65,7 @@ class Rows(NamedTuple):
     logps: mx.array
     entropy: mx.array
     correct: mx.array
+    log_sum_sq: mx.array  # log sum_v p_v^2, where asked for
 
 
 def reference(head: Head, hidden: mx.array, tokens: mx.array) -> Rows:
@@ -73,18 +74,20 @@ def reference(head: Head, hidden: mx.array, tokens: mx.array) -> Rows:
     every = logits - mx.logsumexp(logits, -1, keepdims=True)
     logps = mx.take_along_axis(every, tokens[:, None], 1)[:, 0]
     frozen = mx.stop_gradient(every)
-    return Rows(logps, -(mx.exp(frozen) * frozen).sum(-1), (frozen.argmax(-1) == tokens).astype(mx.float32))
+    entropy, correct = -(mx.exp(frozen) * frozen).sum(-1), (frozen.argmax(-1) == tokens).astype(mx.float32)
+    return Rows(logps, entropy, correct, mx.logsumexp(2 * frozen, -1))
 
 
-def fused(head: Head, hidden: mx.array, tokens: mx.array, *, gradient: bool = True) -> Rows:
+def fused(head: Head, hidden: mx.array, tokens: mx.array, *, gradient: bool = True, squares: bool = False) -> Rows:
     """Slice by slice. hidden [N, D] of any float dtype, tokens int32 [N] -> float32 [N].
 
     gradient: False where nobody will ask for one (reference, evaluation), which halves the work.
+    squares: True where log_sum_sq is wanted; else it may be anything.
     """
     if not tokens.size:
-        return Rows(*(mx.zeros((0,)) for _ in range(3)))
+        return Rows(*(mx.zeros((0,)) for _ in Rows._fields))
     if head.rows is not None and head.module is None:
-        return _sliced(head.rows, head.vocabulary, hidden, tokens, gradient)
+        return _sliced(head.rows, head.vocabulary, hidden, tokens, gradient, squares)
     chunk = max(16, (SLICE_BYTES if _on_cpu() else GPU_SLICE_BYTES) // head.vocabulary)  # four slices' worth of rows
     parts: list[Rows] = []
     for start in range(0, tokens.shape[0], chunk):
@@ -100,28 +103,30 @@ def available() -> bool:
     return True
 
 
-def _sliced(weight: Weight, vocabulary: int, hidden: mx.array, tokens: mx.array, gradient: bool) -> Rows:
+def _sliced(weight: Weight, vocabulary: int, hidden: mx.array, tokens: mx.array, gradient: bool, squares: bool) -> Rows:
     @mx.custom_function
     def scores(h: mx.array) -> list[mx.array]:
-        return _online(weight, vocabulary, h, tokens, gradient)
+        return _online(weight, vocabulary, h, tokens, gradient, squares)
 
     @scores.vjp
     def backward(primals: mx.array, cotangents: list[mx.array], outputs: list[mx.array]) -> mx.array:
-        return (cotangents[0][:, None] * outputs[3]).astype(hidden.dtype)
+        return (cotangents[0][:, None] * outputs[4]).astype(hidden.dtype)
 
-    return Rows(*scores(hidden)[:3])
+    return Rows(*scores(hidden)[:4])
 
 
-def _online(weight: Weight, vocabulary: int, h: mx.array, tokens: mx.array, gradient: bool) -> list[mx.array]:
-    """logps, entropy, correct, and the slope [N, D] (a zero where no gradient is asked for)."""
+def _online(
+    weight: Weight, vocabulary: int, h: mx.array, tokens: mx.array, gradient: bool, squares: bool
+) -> list[mx.array]:
+    """logps, entropy, correct, log_sum_sq, and the slope [N, D] (a zero where no gradient is asked for)."""
     size = (SLICE_BYTES if _on_cpu() else GPU_SLICE_BYTES) // (4 * tokens.shape[0])
     size = max(2048, size // 1024 * 1024)
-    top = total = weighted = slope = hit = None
+    top = total = weighted = square = slope = hit = None
     own = mx.zeros((tokens.shape[0], 1))
     for start in range(0, vocabulary, size):
         stop = min(start + size, vocabulary)
         if top is not None:  # one slice after the other, and nothing left over that would keep a slice's logits alive
-            (h,) = mx.depends([h], [total, weighted, slope, own, hit])
+            (h,) = mx.depends([h], [total, weighted, square, slope, own, hit])
         logits = weight.logits(h, start, stop).astype(mx.float32)
         place = tokens[:, None] - start
         mine = mx.take_along_axis(logits, mx.clip(place, 0, stop - start - 1), 1)
@@ -135,18 +140,22 @@ def _online(weight: Weight, vocabulary: int, h: mx.array, tokens: mx.array, grad
             hit = mx.where(high > top, best == place, hit)  # of equal logits the first counts, as argmax takes it
             shrink = mx.exp(top - top_now)
         e = exp(logits - top_now, negative=True)
-        sums = [e.sum(-1, keepdims=True), (e[:, None] @ logits[..., None])[:, 0]]
+        dot = lambda a, b: (a[:, None] @ b[..., None])[:, 0]  # noqa: E731
+        sums = [e.sum(-1, keepdims=True), dot(e, logits)]
+        again = dot(e, e) if squares else mx.ones_like(top_now)
         back = weight.back(e.astype(h.dtype), start, stop).astype(mx.float32) if gradient else mx.array(0.0)
         if shrink is None:
-            total, weighted, slope = *sums, back
+            total, weighted, square, slope = *sums, again, back
         else:
+            square = square * shrink.square() + again if squares else again
             before = (total, weighted, slope)
             total, weighted, slope = (a * shrink + b for a, b in zip(before, (*sums, back), strict=True))
         top = top_now
-    assert top is not None and total is not None and hit is not None
+    assert top is not None and total is not None and square is not None and hit is not None
     lse = top + mx.log(total)
+    log_sum_sq = (mx.log(square) - 2 * mx.log(total))[:, 0]
     slope = weight.at(tokens).astype(mx.float32) - slope / total if gradient else mx.array(0.0)
-    return [(own - lse)[:, 0], (lse - weighted / total)[:, 0], hit.astype(mx.float32)[:, 0], slope]
+    return [(own - lse)[:, 0], (lse - weighted / total)[:, 0], hit.astype(mx.float32)[:, 0], log_sum_sq, slope]
 
 
 def _recomputed(head: Head, module: nn.Module | None, hidden: mx.array, tokens: mx.array) -> Rows:

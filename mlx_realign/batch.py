@@ -45,6 +45,9 @@ class Scores(NamedTuple):
     logps: mx.array  # float32 [R, Lc] log-prob of each completion token, nats
     entropy: mx.array  # float32 [R, Lc] of the next-token distribution, nats; no gradient
     correct: mx.array  # float32 [R, Lc] 1 where the token was the most likely one; no gradient
+    # Only where a method needs them (methods.needs):
+    log_sum_sq: mx.array | None = None  # float32 [R, Lc] log sum_v p_v^2 of the next-token distribution; no gradient
+    prompt_logps: mx.array | None = None  # float32 [P, Lp - 1] log-prob of each prompt token but the first; 0 for pads
 
 
 class LossOutput(NamedTuple):

@@ -82,6 +82,8 @@ def read_state(folder: Path) -> dict[str, Any]:
 def restore(folder: Path, model: nn.Module, optimizer: Updater | None) -> None:
     """Put weights (and optimizer state) of a checkpoint back, bit for bit. UserError where it is of another model."""
     path = folder / (ADAPTER if (folder / ADAPTER).exists() else WEIGHTS)
+    if not path.exists():
+        raise UserError(f"the checkpoint {folder}, which the run would go back to, is gone")
     weights, wanted = load_arrays(path), flat(model.trainable_parameters())
     if any(name not in weights or weights[name].shape != value.shape for name, value in wanted.items()):
         raise UserError(f"--resume: the checkpoint {folder} is of another model or adapter")
@@ -91,10 +93,13 @@ def restore(folder: Path, model: nn.Module, optimizer: Updater | None) -> None:
         optimizer.restore(load_arrays(folder / OPTIMIZER))
 
 
-def prune(root: Path, keep: int, best: Path | None = None) -> None:
-    """Delete all but the newest `keep` checkpoints and the best one, and what a killed run left half written."""
+def prune(root: Path, keep: int, best: Path | None = None, safe: Path | None = None) -> None:
+    """Delete all but the newest `keep` checkpoints, the best one and the one to roll back to.
+
+    What a killed run left half written goes as well.
+    """
     for folder in [*_steps(root)[:-keep], *root.glob(".step-*.tmp")]:
-        if folder != best:
+        if folder not in (best, safe):
             shutil.rmtree(folder, ignore_errors=True)
 
 

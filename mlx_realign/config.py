@@ -72,6 +72,12 @@ class TrainSettings:
     """Newest checkpoints kept (the best one stays as well)."""
     early_stop: int | None = None
     """Stop after this many evaluations without a better one."""
+    kl_every: int | None = None
+    """Steps between measurements of the KL to the start; default: a twentieth of the run, at least 10; 0 is off."""
+    kl_max: float | None = None
+    """Most KL to the start, nats per token (0.1 is a usual limit); --kl-action acts above it."""
+    kl_action: Literal["lower", "stop", "rollback"] = "lower"
+    """Above --kl-max: halve the learning rate, stop, or stop and go back to the best checkpoint measured below."""
     lora_rank: int = 16
     """Rank r of the adapter."""
     lora_alpha: float = 32.0
@@ -187,14 +193,18 @@ def check(settings: TrainSettings) -> None:
         if not getattr(settings, name):
             raise UserError(f"--{name} is needed: {fields_of(TrainSettings)[name].doc}")
     positive = "steps epochs batch_size batch_tokens gradient_accumulation learning_rate max_length eval_every".split()
-    for name in [*positive, "save_every", "keep", "early_stop", "lora_rank", "lora_alpha", "memory_limit"]:
+    for name in [*positive, "save_every", "keep", "early_stop", "lora_rank", "lora_alpha", "memory_limit", "kl_max"]:
         _require(settings, name, "above 0", lambda value: 0 < value < float("inf"))
-    for name in ("warmup_steps", "weight_decay", "max_grad_norm"):
+    for name in ("warmup_steps", "weight_decay", "max_grad_norm", "kl_every"):
         _require(settings, name, "0 or more", lambda value: 0 <= value < float("inf"))
     _require(settings, "lora_dropout", "at least 0 and below 1", lambda value: 0 <= value < 1)
     _require(settings, "lora_layers", "-1 (all blocks) or a number of blocks above 0", lambda n: n == -1 or n > 0)
     _require(settings, "max_length", "at least 2: one token of prompt, one of completion", lambda n: n >= 2)
     _require(settings, "seed", "between 0 and 2**32 - 1", lambda n: 0 <= n < 2**32)
+    if settings.kl_max is not None and settings.kl_every == 0:
+        raise UserError("--kl-max has no effect with --kl-every 0, which measures nothing: drop one of them.")
+    if settings.kl_action != "lower" and settings.kl_max is None:
+        raise UserError(f"--kl-action {settings.kl_action} needs --kl-max: above which KL, in nats per token.")
     if settings.full:
         clashing = [flag for flag in ("quantize", "dora", "rslora") if getattr(settings, flag)]
         if clashing:

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from contextlib import ExitStack, redirect_stdout
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from rich.console import Console
 from rich.table import Table
@@ -34,11 +34,11 @@ class Row(NamedTuple):
     """One method of the demo."""
 
     changes: str
-    rows: Callable[..., list[dict[str, str]]]
+    rows: Callable[..., list[dict[str, Any]]]
     size: int
     """Number of training rows."""
     settings: dict[str, str]
-    """Flags of train beside model, data and output."""
+    """Flags of train beside model, data and output; `method` where it is not the row's own name."""
     goal: str
     """The measure (a name of world.held_out) that the method should move."""
     keeps: tuple[str, ...] = ()
@@ -58,6 +58,38 @@ ROWS = {
         "prefers the polite voice to the curt one",
         world.pair_rows,
         320,
+        {"batch-size": "8", "learning-rate": "5e-4"},
+        goal="polite",
+        keeps=("sums right", "facts right"),
+    ),
+    "orpo": Row(
+        "the same in one stage, without a reference",
+        world.pair_rows,
+        320,
+        {"batch-size": "8", "learning-rate": "1e-3"},
+        goal="polite",
+        keeps=("sums right", "facts right"),
+    ),
+    "cpo": Row(
+        "the same without a reference, held by likelihood",
+        world.pair_rows,
+        320,
+        {"batch-size": "8", "learning-rate": "5e-4"},
+        goal="polite",
+        keeps=("sums right", "facts right"),
+    ),
+    "simpo": Row(
+        "the same by mean log-probs and a margin",
+        world.pair_rows,
+        320,
+        {"method": "cpo", "loss-type": "simpo", "gamma": "1", "batch-size": "8", "learning-rate": "5e-4"},
+        goal="polite",
+        keeps=("sums right", "facts right"),
+    ),
+    "kto": Row(
+        "the same from single replies marked good or bad",
+        world.marked_rows,
+        640,
         {"batch-size": "8", "learning-rate": "5e-4"},
         goal="polite",
         keeps=("sums right", "facts right"),
@@ -127,8 +159,9 @@ def run(method: str, output: Path, settings: Settings, before: dict[str, float])
     rows = row.rows(16 if settings.quick else row.size, seed=settings.seed)
     data = folder / "train.jsonl"
     data.write_text("".join(json.dumps(one) + "\n" for one in rows))
-    chosen = row.settings | {"model": EMBEDDED, "data": str(data), "output": str(folder), "seed": str(settings.seed)}
-    argv = ["--method", method, "--json", *(word for name, value in chosen.items() for word in (f"--{name}", value))]
+    chosen = {"method": method} | row.settings
+    chosen |= {"model": EMBEDDED, "data": str(data), "output": str(folder), "seed": str(settings.seed)}
+    argv = ["--json", *(word for name, value in chosen.items() for word in (f"--{name}", value))]
     with open(folder / "train.log", "w") as log, redirect_stdout(log):
         code = train(argv)
     if code:

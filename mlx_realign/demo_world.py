@@ -210,6 +210,15 @@ def pair_rows(count: int, seed: int = 0) -> list[dict[str, str]]:
     return [{"prompt": q.prompt, "chosen": polite(q.body, rng), "rejected": q.body} for q in questions]
 
 
+def marked_rows(count: int, seed: int = 0) -> list[dict[str, object]]:
+    """`prompt`, `completion`, `label`: polite replies marked good and curt ones marked bad, each to another prompt."""
+    marks = zip(pair_rows(count, seed), range(count), strict=True)
+    return [
+        {"prompt": p["prompt"], "completion": p["rejected" if i % 2 else "chosen"], "label": i % 2 == 0}
+        for p, i in marks
+    ]
+
+
 def held_out(count: int = 100, seed: int = 1) -> dict[str, Judged]:
     """What is measured, by name, each with `count` held-out questions (never more than there are)."""
     rng = random.Random(seed)

@@ -30,6 +30,7 @@ def facts(loop: Any) -> dict[str, Any]:
         "eval_rows": len(feed.held_out) if feed.held_out else 0,
         "micro_batches_per_epoch": feed.per_epoch,
         "steps": feed.steps,
+        "kl_to_start": loop.drift.described,
         "learning_rate": loop.peak_rate,
         "optimizer": f"{settings.optimizer}, {settings.lr_schedule} after {settings.warmup_steps} steps of warm-up",
     }
@@ -50,13 +51,15 @@ def estimate(loop: Any) -> dict[str, Any]:
         missing = np.mean([feed.reference.find(feed.rows[int(i)]) is None for i in sample])
         bare = feed.bare([feed.rows[int(i)] for i in plan[widest]])
         reference_s = _seconds(lambda: policy.totals(bare)) * float(missing) if missing else 0.0
-    batch = feed.collate(feed.rows, plan[widest]).batch
+    batch = next(feed.together(feed.rows, [(0, plan[widest])])).batch
     mx.reset_peak_memory()
     step_s = _seconds(lambda: policy.gradients(batch, loop.loss))
     sum_of_window = sum(value.nbytes for value in flat(policy.model.trainable_parameters()).values())
     peak = mx.get_peak_memory() + (sum_of_window if loop.settings.gradient_accumulation > 1 else 0)
     seconds = step_s / sizes[widest] * float(np.mean(sizes)) * feed.micro
     seconds += reference_s / sizes[widest] * sum(sizes[: feed.micro])
+    if loop.drift.every:
+        seconds += _seconds(loop.drift.begin) * (1 + feed.steps // loop.drift.every)
     return {
         "estimated_peak_memory_gb": round(peak / 1e9, 3),
         "estimated_time_s": round(seconds, 1),

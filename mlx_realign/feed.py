@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The micro-batches of a run, in an order that depends on the seed alone: a run that goes on sees the same ones."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
+import mlx.core as mx
 import numpy as np
 
 from . import data
@@ -41,7 +42,10 @@ class Feed:
         settings: TrainSettings,
         rows: data.Dataset,
         held_out: data.Dataset | None,
+        shared: "Shared",
     ) -> None:
+        """shared: what the batches of a window, or of an evaluation, have in common (methods.shared)."""
+        self.policy, self.shared = policy, shared
         self.reference, self.settings, self.rows, self.held_out = reference, settings, rows, held_out
         self.width = policy.width if policy.compiled else (lambda n: n)
         self.plans: dict[int, list[np.ndarray]] = {}
@@ -66,19 +70,33 @@ class Feed:
     def window(self, step: int) -> Iterator[Micro]:
         """Micro-batches of an optimizer step (from 1); the last step of a run may have fewer."""
         size = self.settings.gradient_accumulation
-        for place in range((step - 1) * size, min(step * size, self.micro)):
-            epoch, index = divmod(place, self.per_epoch)
-            yield self.collate(self.rows, self.plan(epoch)[index], place)
+        places = range((step - 1) * size, min(step * size, self.micro))
+        yield from self.together(self.rows, [(place, self.at(place)) for place in places])
+
+    def at(self, place: int) -> np.ndarray:
+        """The rows of a micro-batch of the run."""
+        epoch, index = divmod(place, self.per_epoch)
+        return self.plan(epoch)[index]
 
     def evaluation(self) -> Iterator[tuple[int, int, Micro]]:
         """(place, how many, micro-batch) over the held-out rows, in the order of their file."""
         assert self.held_out
         plan = self.cut(self.held_out, seed=0, epoch=0, shuffle=False)
-        for i, places in enumerate(plan):
-            yield i, len(plan), self.collate(self.held_out, places)
+        for i, micro in enumerate(self.together(self.held_out, [(0, places) for places in plan])):
+            yield i, len(plan), micro
+
+    def together(self, rows: data.Dataset, window: list[tuple[int, np.ndarray]]) -> Iterator[Micro]:
+        """Micro-batches, by (place in the run, rows), whose losses are divided by one number."""
+        extras: dict[str, mx.array] = {}
+        if self.shared:
+            extras = self.shared([rows[int(i)] for _, places in window for i in places], self.ratios)
+        for place, places in window:
+            micro = self.collate(rows, places, place)
+            micro.batch.extras.update(extras)
+            yield micro
 
     def first_epoch(self) -> Iterator[tuple[int, int, Micro]]:
-        """The same of the training rows, in the batches of the first epoch."""
+        """The training rows in the batches of the first epoch, without what a window shares."""
         plan = self.plan(0)
         for i, places in enumerate(plan):
             yield i, len(plan), self.collate(self.rows, places, i)
@@ -88,8 +106,18 @@ class Feed:
         examples = [rows[int(i)] for i in places]
         batch = self.bare(examples)
         if self.reference:
-            batch.extras["ref_logps"] = self.reference.totals(examples, batch)
+            batch.extras.update(self.reference.extras(examples, batch))
         return Micro(place, examples, batch)
+
+    def ratios(self, examples: list[Example]) -> mx.array:
+        """float32 [completions]: log-ratio of each to the reference as the policy is now, no gradient."""
+        assert self.reference
+        found = []
+        for start in range(0, len(examples), self.settings.batch_size):
+            part = examples[start : start + self.settings.batch_size]
+            batch = self.bare(part)
+            found.append(self.policy.totals(batch) - self.reference.totals(part, batch))
+        return mx.concatenate(found)
 
     def bare(self, examples: list[Example]) -> Batch:
         """The batch of these rows, as data alone makes it."""
@@ -98,3 +126,6 @@ class Feed:
     def epoch_after(self, step: int) -> float:
         """Passes over the data after an optimizer step."""
         return min(step * self.settings.gradient_accumulation, self.micro) / self.per_epoch
+
+
+Shared = Callable[[list[Example], Callable[[list[Example]], mx.array]], dict[str, mx.array]] | None

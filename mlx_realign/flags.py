@@ -35,7 +35,7 @@ class Field:
     @property
     def flag(self) -> str:
         """The flag's name, kebab-case."""
-        return "--" + self.name.replace("_", "-")
+        return "--" + self.name.rstrip("_").replace("_", "-")  # a field may not be called `from`
 
 
 class HelpAsked(Exception):  # noqa: N818 - not an error
@@ -150,8 +150,9 @@ def help_text(fields: Iterable[Field]) -> str:
         if _is_bool(field.kind) and field.default is True:
             head = f"  --no-{field.flag[2:]}"
         text = " ".join(field.doc.split())
-        if not _is_bool(field.kind) and field.default not in (None, "", dataclasses.MISSING):
-            text += f" (default: {field.default})"
+        if not _is_bool(field.kind) and field.default not in (None, "", (), dataclasses.MISSING):
+            default = ",".join(map(str, field.default)) if isinstance(field.default, tuple) else field.default
+            text += f" (default: {default})"
         body = textwrap.wrap(text, max(width - 30, 30)) or [""]
         if len(head) > 28:
             lines.append(head)

@@ -3,11 +3,12 @@
 
 Shared: each prompt is computed once, and its keys and values (kept differentiable) serve all its completions, through
 mlx-lm's cache protocol (`offset`, `update_and_fetch`, `make_mask`). Plain: one right-padded row per completion.
-Both return hidden states [R, Lc, D] that predict the completion's tokens; the head is applied elsewhere, in chunks.
+Both return hidden states that predict the completions' tokens and those that predict the prompts' own; the head is
+applied elsewhere, in chunks, to those that are asked for.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -17,6 +18,13 @@ from . import balance
 from .batch import Batch
 
 Hidden = Callable[..., mx.array]  # (tokens, cache=None) -> hidden states [rows, columns, D]
+
+
+class States(NamedTuple):
+    """Hidden states, of the residual stream's dtype."""
+
+    completion: mx.array  # [R, Lc, D]
+    prompt: mx.array  # [P, Lp - 1, D]: they predict every prompt token but the first; anything where the prompt is pad
 
 
 class PromptRecorder:
@@ -71,21 +79,21 @@ def shareable(model: nn.Module) -> str | None:
     return None
 
 
-def shared(model: nn.Module, hidden: Hidden, batch: Batch) -> mx.array:
-    """Hidden states [R, Lc, D] with every prompt computed once."""
+def shared(model: nn.Module, hidden: Hidden, batch: Batch) -> States:
+    """With every prompt computed once."""
     prompt, completion = batch.prompt, batch.completion
     if prompt.shape[1] < 2:  # at least one prompt column: the recorder's keys must exist
         prompt = mx.pad(prompt, [(0, 0), (1, 0)])
     pad = batch.prompt_pad + (prompt.shape[1] - batch.prompt.shape[1])
     recorders = [PromptRecorder(pad, getattr(entry, "max_size", None)) for entry in make_prompt_cache(model)]
-    hidden(prompt[:, :-1], recorders)
+    ahead = hidden(prompt[:, :-1], recorders)[:, prompt.shape[1] - batch.prompt.shape[1] :]
     readers = [PromptReader(recorder, batch.row_prompt) for recorder in recorders]
     tokens = mx.concatenate([prompt[:, -1][batch.row_prompt][:, None], completion[:, :-1]], 1)
-    return hidden(tokens, readers)
+    return States(hidden(tokens, readers), ahead)
 
 
-def plain(model: nn.Module, hidden: Hidden, batch: Batch) -> mx.array:
-    """Hidden states [R, Lc, D] with each row computed alone: prompt and completion in a row, padded on the right."""
+def plain(model: nn.Module, hidden: Hidden, batch: Batch) -> States:
+    """With each row computed alone: prompt and completion in a row, padded on the right."""
     width, rows = batch.prompt.shape[1], batch.completion.shape[0]
     pad = batch.prompt_pad[batch.row_prompt][:, None]
     length = batch.completion.shape[1]
@@ -93,7 +101,10 @@ def plain(model: nn.Module, hidden: Hidden, batch: Batch) -> mx.array:
     columns = mx.arange(width + length - 1)[None] + pad  # drop the left pad: rows start at their first token
     states = hidden(mx.take_along_axis(joined, columns, 1))
     wanted = mx.arange(length)[None] + (width - 1 - pad)
-    return mx.take_along_axis(states, wanted[..., None], 1)
+    first = mx.argmax(batch.row_prompt[None] == mx.arange(batch.prompt.shape[0])[:, None], 1)  # a row of each prompt
+    ahead = mx.maximum(mx.arange(width - 1)[None] - pad[first], 0)
+    completion = mx.take_along_axis(states, wanted[..., None], 1)
+    return States(completion, mx.take_along_axis(states[first], ahead[..., None], 1))
 
 
 def token_weights(batch: Batch, sharing: bool) -> list[mx.array]:

@@ -34,6 +34,7 @@ class Policy:
         self.sharing = forward.shareable(self.model) is None
         self.workers = Workers(cores() if loading.on_cpu() else 1)
         self.compiled = False
+        self.needs: frozenset[str] = frozenset()
         self.start: dict[str, mx.array] = {}
         self.model.freeze()
         self.notes += install(self.model)
@@ -126,16 +127,30 @@ class Policy:
         gradient: True where one will be asked for; the head's share of it is made in this same pass.
         """
         way = forward.shared if self.sharing else forward.plain
-        hidden = way(self.model, self.body.hidden, batch)
-        rows, width, size = hidden.shape
-        head = self.body.head()
-        picked = hidden.reshape(-1, size)[batch.positions]
+        states = way(self.model, self.body.hidden, batch)
+        rows, width, size = states.completion.shape
+        picked = states.completion.reshape(-1, size)[batch.positions]
         targets = batch.completion.reshape(-1)[batch.positions]
-        found = token_scores.fused(head, picked, targets, gradient=gradient)
+        if "prompt_logps" in self.needs:
+            picked = mx.concatenate([picked, states.prompt.reshape(-1, size)])
+            targets = mx.concatenate([targets, batch.prompt[:, 1:].reshape(-1)])
+        found = token_scores.fused(
+            self.body.head(), picked, targets, gradient=gradient, squares="log_sum_sq" in self.needs
+        )
+        count = batch.positions.size
         trained = batch.mask.reshape(-1)[batch.positions]
         empty = mx.zeros((rows * width,))
-        placed = (empty.at[batch.positions].add(mx.where(trained, x, 0)).reshape(rows, width) for x in found)
-        return Scores(*placed)
+
+        def place(x: mx.array) -> mx.array:
+            return empty.at[batch.positions].add(mx.where(trained, x[:count], 0)).reshape(rows, width)
+
+        scores = Scores(place(found.logps), place(found.entropy), place(found.correct))
+        if "log_sum_sq" in self.needs:
+            scores = scores._replace(log_sum_sq=place(found.log_sum_sq))
+        if "prompt_logps" in self.needs:
+            real = mx.arange(batch.prompt.shape[1] - 1)[None] >= batch.prompt_pad[:, None]
+            scores = scores._replace(prompt_logps=mx.where(real, found.logps[count:].reshape(real.shape), 0))
+        return scores
 
     @property
     def vocabulary(self) -> int:
@@ -156,6 +171,12 @@ class Policy:
         """float32 [R]: log-prob of every completion, summed over its trained tokens, evaluated."""
         return mx.concatenate(self._map(batch, lambda part: self.scores(part).logps.sum(-1)))
 
+    def token_logps(self, batch: Batch) -> mx.array:
+        """float32 [R, Lc]: log-prob of every trained completion token, 0 elsewhere, evaluated."""
+        width = batch.mask.shape[1]  # parts leave out columns that none of their rows uses
+        parts = self._map(batch, lambda part: self.scores(part).logps)
+        return mx.concatenate([mx.pad(part, [(0, 0), (0, width - part.shape[1])]) for part in parts])
+
     def _map(self, batch: Batch, build: Callable[[Batch], Any]) -> list[Any]:
         mx.eval(self.model.state)  # what is pending belongs to this thread: workers could not evaluate it
         return self.workers.map(batch, build)
@@ -167,6 +188,14 @@ class Policy:
         with balance.listening() as heard:
             out = loss(self.scores(batch, gradient=gradient), batch)
         return self.balance.add(out, heard, forward.token_weights(batch, self.sharing))
+
+    def prepare_for(self, needs: frozenset[str]) -> None:
+        """What a method's loss needs beside log-probs (methods.needs)."""
+        self.needs = needs
+        whole = "whole_batch" in needs or self.balance is not None or self.compiled or not loading.on_cpu()
+        count = 1 if whole else cores()
+        if count != self.workers.count:
+            self.workers = Workers(count)
 
     def compile(self) -> None:
         """Compile the gradient: one trace per loss and shape (pad to `width`). For GPUs; a CPU then uses one worker."""

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from . import adapter, data, forward
+from . import adapter, data, forward, methods
 from .config import TrainSettings
 from .errors import UserError
 from .policy import Policy
@@ -13,8 +13,21 @@ from .policy import Policy
 Rows = str | Path | Sequence[dict[str, Any]]
 
 
-def refuse_pointless(settings: TrainSettings, module: Any) -> None:
-    """UserError for a setting that would be ignored, or harm, with this method or optimizer."""
+def refuse_pointless(settings: TrainSettings, module: Any, own: Any) -> None:
+    """UserError for a setting that would be ignored, or harm, with this method, its settings or the optimizer."""
+    needs = methods.needs(module, own)
+    if "whole_batch" in needs and settings.gradient_accumulation > 1:
+        raise UserError(
+            "--gradient-accumulation: this --loss-type sorts all pairs of a batch, so several of them are "
+            "another loss: raise --batch-size instead"
+        )
+    if "other_rows" in needs and settings.batch_size * settings.gradient_accumulation < 2:
+        raise UserError("--batch-size 1: this loss compares a row with other rows of its step; take at least 2")
+    if "other_rows" in needs and settings.full:
+        raise UserError(
+            "--full: this loss asks the reference about new rows at every step, and there is no second copy of the "
+            "weights; train an adapter, or take --loss-type apo_zero_unpaired"
+        )
     if settings.lora_dropout and module.FORMAT != "sft":
         raise UserError("--lora-dropout is for sft: here the noise would stand between log-probs that are compared")
     if settings.full and settings.adapter:

@@ -14,10 +14,11 @@ from rich.table import Column
 
 from .runfolder import as_json
 
-SHOWN = {"loss": "loss", "eval_loss": "eval_loss"}  # metric -> its name on the line
+SHOWN = {"loss": "loss", "eval_loss": "eval_loss", "kl": "KL"}  # metric -> its name on the line
 SHOWN_WIDE = SHOWN | {"rewards/accuracies": "accuracy", "rewards/margins": "margin", "mean_token_accuracy": "top-1"}
 SHOWN_WIDE |= {f"eval_{name}": short for name, short in SHOWN_WIDE.items() if name not in SHOWN}
 WIDE_COLUMNS = 120
+LASTING = ("kl",)  # not measured at every step: the line keeps the last one
 PLAIN_EVERY_S = 10.0
 
 
@@ -32,6 +33,7 @@ class Reporter:
         self.last = self.began = time.monotonic()
         self.first = self.steps = 0
         self.note = "first step"
+        self.lasting: dict[str, Any] = {}
 
     def __enter__(self) -> "Reporter":
         return self
@@ -89,16 +91,18 @@ class Reporter:
     def row(self, row: dict[str, Any]) -> None:
         """Metrics of one optimizer step, or of one evaluation (keys start with eval_)."""
         now, of_step = time.monotonic(), "loss" in row
+        self.lasting |= {name: row[name] for name in LASTING if name in row}
+        told = self.lasting | row if of_step else row
         if self.as_json:
             self._write(as_json(row))
         elif self.bar and of_step:
             shown = SHOWN_WIDE if self.console.width >= WIDE_COLUMNS else SHOWN
-            self.note = _note(row, shown, self._left(row["step"]))
+            self.note = _note(told, shown, self._left(row["step"]))
             self.bar.update(self.task, completed=row["step"], note=self.note)
         elif self.bar or not of_step or row["step"] in (self.first + 1, self.steps) or now - self.last > PLAIN_EVERY_S:
             self.last = now
             left = self._left(row["step"]) if of_step else ""
-            self.say(f"step {row['step']}/{self.steps}  {_note(row, SHOWN_WIDE, left)}")
+            self.say(f"step {row['step']}/{self.steps}  {_note(told, SHOWN_WIDE, left)}")
 
     def busy(self, what: str, done: int, total: int) -> None:
         """`done` of `total` parts of something between steps, which may take minutes."""

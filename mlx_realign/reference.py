@@ -27,33 +27,61 @@ FILE = "reference.sqlite"
 class Reference:
     """Answers with the summed log-prob of every completion of a batch under the reference policy."""
 
-    def __init__(self, policy: Policy, kind: str, base: str, say: Callable[[str], None]) -> None:
-        """kind: "init" or "base" (Policy.reference); base: fingerprint.base of the model; say: for the user."""
-        self.policy, self.kind, self.say = policy, kind, say
+    def __init__(
+        self, policy: Policy, kind: str, base: str, say: Callable[[str], None], *, tokens: bool = False
+    ) -> None:
+        """kind: "init" or "base" (Policy.reference); base: fingerprint.base of the model; say: for the user.
+
+        tokens: keep the log-prob of every token instead of their sum per completion.
+        """
+        self.policy, self.kind, self.say, self.tokens = policy, kind, say, tokens
         with policy.reference(kind):  # a fresh adapter says nothing yet, whatever its rank or seed
             plain = kind == "base" or policy.starts_at_base
             adapter = "" if plain else fingerprint.adapters(policy.model)
-        facts = [VERSION, base, adapter, str(policy.dtype), policy.config]
+        facts = [VERSION, base, adapter, str(policy.dtype), policy.config, *(["tokens"] if tokens else [])]
         self.owner = blake2b(json.dumps(facts, default=str, sort_keys=True).encode(), digest_size=16).hexdigest()
         self.memory: dict[str, np.ndarray] = {}  # what could not be stored
         self.store = self._open()
         self.computed = 0
         self.sealed = False
 
+    def extras(self, examples: Sequence[Example], batch: Batch) -> dict[str, mx.array]:
+        """What a loss reads: `ref_logps` float32 [R], or with `tokens` `ref_token_logps` [R, Lc], zero where masked."""
+        if not self.tokens:
+            return {"ref_logps": self.totals(examples, batch)}
+        placed = np.zeros(batch.mask.shape, np.float32)
+        lengths = [len(c.tokens) for e in examples for c in e.completions]
+        values = np.split(np.concatenate(self._answers(examples, batch)), np.cumsum(lengths)[:-1])
+        for row, own in zip(placed, values, strict=True):
+            row[: len(own)] = own
+        return {"ref_token_logps": mx.array(placed)}
+
     def totals(self, examples: Sequence[Example], batch: Batch) -> mx.array:
         """float32 [R], nats, summed over the trained tokens; rows not stored are computed through the same batch."""
+        return mx.array(np.concatenate(self._answers(examples, batch)))
+
+    def _answers(self, examples: Sequence[Example], batch: Batch) -> list[np.ndarray]:
+        """The numbers of each example: one per completion, or with `tokens` one per completion token."""
         found = [self.find(example) for example in examples]
         if any(values is None for values in found):
             if self.sealed:
                 raise Fault("the reference's numbers are lost and the policy has moved; --resume computes them again")
             with self.policy.reference(self.kind):
-                fresh = np.array(self.policy.totals(batch)).astype("<f4")
-            counts = [len(example.completions) for example in examples]
-            pieces = np.split(fresh, np.cumsum(counts)[:-1])
-            new = {e.key: own for e, own, old in zip(examples, pieces, found, strict=True) if old is None}
+                fresh = self._fresh(examples, batch)
+            new = {e.key: own for e, own, old in zip(examples, fresh, found, strict=True) if old is None}
             self._keep(new)
             found = [new.get(e.key, old) for e, old in zip(examples, found, strict=True)]
-        return mx.array(np.concatenate([values for values in found if values is not None]))
+        return [values for values in found if values is not None]
+
+    def _fresh(self, examples: Sequence[Example], batch: Batch) -> list[np.ndarray]:
+        if not self.tokens:
+            counts = [len(example.completions) for example in examples]
+            return np.split(np.array(self.policy.totals(batch)).astype("<f4"), np.cumsum(counts)[:-1])
+        rows = iter(np.array(self.policy.token_logps(batch)).astype("<f4"))
+        return [np.concatenate([next(rows)[: len(c.tokens)] for c in e.completions]) for e in examples]
+
+    def _size(self, example: Example) -> int:
+        return sum(len(c.tokens) if self.tokens else 1 for c in example.completions)
 
     def seal(self) -> None:
         """From here on the policy is no longer able to answer: full fine-tuning has moved it."""
@@ -66,7 +94,7 @@ class Reference:
             self.store = None
 
     def find(self, example: Example) -> np.ndarray | None:
-        """float32 [completions] as stored, or None."""
+        """float32 [completions] (with `tokens`: [their tokens]) as stored, or None."""
         values = self.memory.get(example.key)
         if values is None and self.store:
             query = "select value from logps where owner = ? and row = ?"
@@ -76,7 +104,7 @@ class Reference:
                 self._give_up(error)
                 return None
             values = np.frombuffer(row[0], "<f4") if row and len(row[0]) % 4 == 0 else None
-        return values if values is not None and len(values) == len(example.completions) else None
+        return values if values is not None and len(values) == self._size(example) else None
 
     def _keep(self, new: dict[str, np.ndarray]) -> None:
         self.computed += len(new)

@@ -145,6 +145,16 @@ class RunFolder:
             if tracker:
                 tracker.finish()
 
+    def at(self, step: int) -> Path:
+        """The checkpoint folder of a step."""
+        return self.checkpoints / f"step-{step:06d}"
+
+    def left_behind(self) -> str:
+        """What a stopped run leaves."""
+        newest = checkpoint.newest(self.checkpoints)
+        use = "" if self.settings.full else ", which also serves as --adapter of another run"
+        return f"The newest checkpoint is {newest}{use}" if newest else "There is no checkpoint yet"
+
     def last_row(self) -> dict[str, Any]:
         """The last row of metrics.jsonl that is of a step, or {}."""
         rows = [json.loads(line) for line in self.metrics_path.read_text().splitlines()]

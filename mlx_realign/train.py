@@ -15,9 +15,8 @@ from typing import Any
 
 import mlx.core as mx
 import numpy as np
-from mlx.utils import tree_map
 
-from . import adapter, checkpoint, config, data, fingerprint, guard, methods, optim, prepare, selfcheck
+from . import adapter, checkpoint, config, data, drift, fingerprint, guard, methods, optim, prepare, selfcheck
 from .batch import LossOutput
 from .checkpoint import DiskFull
 from .errors import UserError
@@ -29,6 +28,7 @@ from .prepare import Rows
 from .progress import Reporter, duration
 from .reference import Reference
 from .runfolder import RunFolder
+from .sums import add, averages, number_of
 
 
 def main(argv: list[str]) -> int:
@@ -74,14 +74,14 @@ def run(
 ) -> dict[str, Any]:
     """Everything a run needs, in order; returns the last metrics row (a dry run: its estimates)."""
     module = methods.find(method)
-    prepare.refuse_pointless(settings, module)
+    prepare.refuse_pointless(settings, module, own)
     folder = RunFolder(settings, method, own)
     if not settings.dry_run:
         folder.check()
     with reporter.waiting(f"loading {settings.model}"):
         policy = prepare.ready(policy, settings)
         checks = selfcheck.run(policy)
-    for line in (*policy.notes, *checks.notes):
+    for line in (*policy.notes, *checks.notes, *methods.notes(module, own)):
         reporter.say(line)
     load = partial(data.load, tokenizer=policy.tokenizer, format=module.FORMAT, settings=settings)
     with reporter.waiting("reading the data"):
@@ -117,8 +117,11 @@ class Loop:
         self.loss = partial(module.loss, config=own)
         self.base = fingerprint.base(policy.model)
         kind = module.reference(own)
-        self.reference = Reference(policy, kind, self.base, reporter.say) if kind else None
-        self.feed = Feed(policy, self.reference, settings, rows, held_out)
+        needs = methods.needs(module, own)
+        policy.prepare_for(needs)
+        tokens = "ref_tokens" in needs
+        self.reference = Reference(policy, kind, self.base, reporter.say, tokens=tokens) if kind else None
+        self.feed = Feed(policy, self.reference, settings, rows, held_out, methods.shared(module, own))
         self.steps = self.feed.steps
         self.peak_rate = settings.learning_rate or module.LEARNING_RATE / (10 if settings.full else 1)
         self.optimizer = optim.Updater(settings, policy.model.trainable_parameters())
@@ -127,6 +130,8 @@ class Loop:
         self.identity = {"model": self.base, "adapter": start, "data": rows.fingerprint, "eval_data": held}
         self.done = self.tokens = self.waited = 0
         self.norms = guard.Norms()
+        from_start = kind == "init" or kind == "base" and policy.starts_at_base  # what rewards are relative to
+        self.drift = drift.Drift(policy, settings, held_out or rows, self.steps, relative=from_start)
         self.best: tuple[float, int] | None = None  # loss and step of the best evaluation
         self.peak_gb = 0.0
 
@@ -137,14 +142,15 @@ class Loop:
         try:
             if self.settings.full and self.reference:
                 self.fill_reference()
+            self.drift.begin()
             self.resume()
             self.reporter.start(self.done, self.steps)
             self.loop()
             return self.finish()
         except DiskFull as full:
-            raise DiskFull(f"{full}. Make room and go on with --resume. {self.left_behind()}") from full
+            raise DiskFull(f"{full}. Make room and go on with --resume. {self.folder.left_behind()}") from full
         except Fault as fault:
-            raise Fault(f"{fault}. {self.left_behind()}") from fault
+            raise Fault(f"{fault}. {self.folder.left_behind()}") from fault
         finally:
             if self.reference:
                 self.reference.close()
@@ -153,27 +159,36 @@ class Loop:
         """THE loop."""
         save_every = self.settings.save_every or min(1000, max(1, self.steps // 20))
         eval_every = self.settings.eval_every or -(-self.feed.per_epoch // self.settings.gradient_accumulation)
+        limit = self.drift.limit
         with self.folder.metrics() as metrics, interruptible() as asked:
+            if not self.done and limit.keep(0, 0.0):
+                self.save()
             while not self.over():
+                evaluating = bool(self.feed.held_out) and (self.done + 1) % eval_every == 0
                 with guard.enough_memory(self.done + 1):
                     row = self.step()
+                    row |= self.drift.measure(self.done, evaluating)
                 self.tell_memory(row["peak_memory_gb"])
                 metrics.write(row)
                 self.reporter.row(row)
-                better = False
-                if self.feed.held_out and (self.done % eval_every == 0 or self.done == self.steps):
-                    row = self.evaluate()
-                    metrics.write(row)
-                    self.reporter.row(row)
-                    better = self.judge(row["eval_loss"])
+                for line in self.drift.judge(row):
+                    self.reporter.say(line)
+                found: dict[str, Any] = {}
+                if self.feed.held_out and limit.back_to is None and (evaluating or self.over()):
+                    found = self.evaluate()
+                    metrics.write(found)
+                    self.reporter.row(found)
+                better = bool(found) and self.judge(found["eval_loss"])
+                better |= limit.keep(self.done, row.get("kl"), found.get("eval_loss"))
                 if better or self.done % save_every == 0 or self.over() or asked():
                     self.save()
                 if asked() and not self.over():
                     raise Interrupted(f"interrupted after step {self.done}; go on with --resume")
 
     def over(self) -> bool:
-        """Whether all steps are done, or --early-stop evaluations in a row brought nothing better."""
-        return self.done >= self.steps or 0 < (self.settings.early_stop or 0) <= self.waited
+        """Whether all steps are done, --early-stop evaluations in a row brought nothing better, or --kl-max says so."""
+        early = 0 < (self.settings.early_stop or 0) <= self.waited
+        return self.done >= self.steps or early or self.drift.limit.stopped
 
     def step(self) -> dict[str, Any]:
         """One optimizer step: gradients summed over the window, divided once by its count, clipped, applied."""
@@ -196,7 +211,7 @@ class Loop:
         del grads
         row = {"step": number, "loss": number_of(out.total / count), "grad_norm": number_of(norm)}
         self.norms.refuse(number, row["loss"], row["grad_norm"], lines)
-        rate = optim.learning_rate(self.settings, self.peak_rate, number, self.steps)
+        rate = optim.learning_rate(self.settings, self.peak_rate, number, self.steps) * self.drift.limit.factor
         before = guard.contents(model.trainable_parameters()) if number == 1 else None
         self.optimizer.update(model, clipped, rate)
         if before:
@@ -231,9 +246,12 @@ class Loop:
         return False
 
     def finish(self) -> dict[str, Any]:
-        """Write the result: with --early-stop that of the best evaluation, else the last. Returns the last row."""
+        """Write the result: the last state, unless --early-stop or --kl-action say which. Returns the last row."""
         self.reporter.stop()
-        if self.best and self.best[1] != self.done and (best := self.at(self.best[1])).exists():
+        at, back_to = self.folder.at, self.drift.limit.back_to
+        if back_to is not None:
+            checkpoint.restore(at(back_to), self.policy.model, None)
+        elif self.best and self.best[1] != self.done and (best := at(self.best[1])).exists():
             if self.settings.early_stop:
                 checkpoint.restore(best, self.policy.model, None)
             which = "written" if self.settings.early_stop else f"in {best}; the last state is written"
@@ -247,17 +265,16 @@ class Loop:
 
     # ------------------------------------------------------------------ going on and stopping
 
-    def at(self, step: int) -> Path:
-        """The checkpoint folder of a step."""
-        return self.folder.checkpoints / f"step-{step:06d}"
-
     def save(self) -> None:
-        """A checkpoint at this step; older ones go, but for the best."""
+        """A checkpoint at this step; older ones go, but for the best and the one to roll back to."""
         model, place = self.policy.model, {"step": self.done, "tokens": self.tokens, "waited": self.waited}
         guard.refuse_broken_weights(self.done, model.trainable_parameters())
-        state = place | {"best": self.best, "norms": [self.norms.first, self.norms.last]}
-        checkpoint.save(self.at(self.done), model, self.optimizer, state, base_model=self.policy.name)
-        checkpoint.prune(self.folder.checkpoints, self.settings.keep, self.at(self.best[1]) if self.best else None)
+        norms = [self.norms.first, self.norms.last]
+        state = place | {"best": self.best, "norms": norms, "drift": self.drift.state}
+        checkpoint.save(self.folder.at(self.done), model, self.optimizer, state, base_model=self.policy.name)
+        steps = (self.best[1] if self.best else None, self.drift.limit.safe_step)
+        kept = [None if step is None else self.folder.at(step) for step in steps]
+        checkpoint.prune(self.folder.checkpoints, self.settings.keep, *kept)
 
     def resume(self) -> None:
         """Back to the newest checkpoint, where there is one and it was asked for."""
@@ -269,13 +286,8 @@ class Loop:
             self.done, self.tokens, self.waited = (state[name] for name in ("step", "tokens", "waited"))
             self.norms.first, self.norms.last = state["norms"]
             self.best = (state["best"][0], state["best"][1]) if state["best"] else None
+            self.drift.restore(state.get("drift", {}))
         self.reporter.say(f"going on after step {self.done} of {self.steps}")
-
-    def left_behind(self) -> str:
-        """What a stopped run leaves."""
-        newest = checkpoint.newest(self.folder.checkpoints)
-        use = "" if self.settings.full else ", which also serves as --adapter of another run"
-        return f"The newest checkpoint is {newest}{use}" if newest else "There is no checkpoint yet"
 
     def tell_memory(self, peak_gb: float) -> None:
         """Remember the peak, and say once where it is above what the user wants."""
@@ -314,24 +326,6 @@ class Loop:
         mx.eval(
             [layer._dropout_key for layer in adapter.adapters_of(self.policy.model).values()]
         )  # other threads use them
-
-
-def add(a: Any, b: Any) -> Any:
-    """Element-wise sum of equal trees, evaluated so that graphs of micro-batches do not pile up."""
-    total = tree_map(lambda x, y: x + y, a, b)
-    mx.eval(total)
-    return total
-
-
-def averages(out: LossOutput) -> dict[str, float]:
-    """Metrics of a window: sums over counts."""
-    return {name: number_of(total / mx.maximum(count, 1.0)) for name, (total, count) in out.metrics.items()}
-
-
-def number_of(scalar: mx.array) -> float:
-    """A scalar array as a Python number."""
-    value: Any = scalar.item()
-    return float(value)
 
 
 class _Callable(ModuleType):

@@ -95,17 +95,19 @@ def split(batch: Batch, parts: int) -> list[Batch]:
             kept,
             np.flatnonzero(kept),
         )
-        extras = {name: _part(value, mine, own, len(prompt), len(rows)) for name, value in batch.extras.items()}
+        extras = {name: _part(value, mine, own, len(prompt), len(rows), width) for name, value in batch.extras.items()}
         made = [mx.array(x if x.dtype == bool else x.astype(np.int32)) for x in arrays]
         found.append(Batch(*made, extras=extras))
     return found
 
 
-def _part(value: mx.array, prompts: np.ndarray, rows: np.ndarray, all_prompts: int, all_rows: int) -> mx.array:
-    """Rows of an extra that has one entry per completion row or per prompt; anything else whole."""
+def _part(
+    value: mx.array, prompts: np.ndarray, rows: np.ndarray, all_prompts: int, all_rows: int, width: int
+) -> mx.array:
+    """Rows of an extra that has entries per completion (or per token of it) or per prompt; anything else whole."""
     array = np.array(value)
     if array.ndim and len(array) == all_rows:
-        array = array[rows]
+        array = array[rows][:, :width] if array.ndim > 1 else array[rows]
     elif array.ndim and len(array) == all_prompts:
         array = array[prompts]
     return mx.array(array)

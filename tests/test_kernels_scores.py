@@ -46,7 +46,10 @@ def inputs(vocabulary: int, dtype: mx.Dtype = mx.float32) -> Arrays:
 @pytest.mark.parametrize("kind", HEADS)
 def test_token_scores_are_their_reference(kind: str, vocabulary: int):
     head, (hidden, tokens) = HEADS[kind](vocabulary), inputs(vocabulary)
-    expected, found = (f(head, hidden, tokens) for f in (token_scores.reference, token_scores.fused))
+    expected, found = (
+        token_scores.reference(head, hidden, tokens),
+        token_scores.fused(head, hidden, tokens, squares=True),
+    )
     for one, other in zip(found, expected, strict=True):
         assert one.dtype == mx.float32
         assert_near(one, other, 1e-5)
@@ -63,7 +66,8 @@ def test_token_scores_in_float64_and_by_finite_differences():
     logits = exact(hidden) @ exact(head.rows.tensors["weight"]).T
     every = logits - logits.max(-1, keepdims=True)
     every -= np.log(np.exp(every).sum(-1, keepdims=True))
-    rows = token_scores.fused(head, hidden, tokens)
+    rows = token_scores.fused(head, hidden, tokens, squares=True)
+    assert_near(rows.log_sum_sq, np.log(np.exp(2 * every).sum(-1)), 1e-5)
     assert_near(rows.logps, every[np.arange(TOKENS), np.array(tokens)], 1e-6)
     assert_near(rows.entropy, -(np.exp(every) * every).sum(-1), 5e-5)
     assert rows.correct.tolist() == (every.argmax(-1) == np.array(tokens)).tolist()
@@ -145,7 +149,7 @@ def test_without_a_gradient_the_scores_are_the_same():
 
 def test_no_tokens_no_rows():
     rows = token_scores.fused(dense_head(50), mx.zeros((0, WIDTH)), mx.zeros((0,), mx.int32))
-    assert [row.shape for row in rows] == [(0,)] * 3
+    assert [row.shape for row in rows] == [(0,)] * 4
 
 
 def test_the_whole_logits_never_exist():

@@ -18,11 +18,11 @@ PYTHON_FILES = sorted([*PACKAGE_FILES, *(ROOT / "tests").rglob("*.py"), *(ROOT /
 # From the bottom up. A module imports from rows above its own and from its own row; what no row names is a command
 # (it has a `main`) or the open top of the package.
 LAYERS = [
-    {"errors", "blas", "batch", "flags"},
+    {"errors", "blas", "batch", "flags", "workers"},
     {"kernels"},
     {"config", "losses", "advantages", "directions", "adapter"},
-    {"loading", "workers", "head", "balance", "forward", "policy", "rollout", "verifiers", "data"},
-    {"methods", "steering", "ablation"},
+    {"loading", "head", "balance", "forward", "policy", "rollout", "verifiers", "data"},
+    {"methods", "preference", "steering", "ablation"},
 ]
 MLX_LM_USERS = {"policy", "loading", "forward", "rollout", "adapter", "data", "generate", "kernels"}
 
@@ -118,7 +118,8 @@ def test_the_folder_kernels_is_imported_under_the_package_name():
 @pytest.mark.parametrize("path", PACKAGE_FILES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_what_is_imported_is_a_declared_dependency(path: Path):
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    listed = [*project["dependencies"], *project["optional-dependencies"]["hub"]]
+    extras = [extra for extra in project["optional-dependencies"] if extra != "dev"]
+    listed = [*project["dependencies"], *(line for extra in extras for line in project["optional-dependencies"][extra])]
     declared = {re.split(r"[^\w-]", line)[0].replace("-", "_") for line in listed}
     for line, name in imports(path):
         top = name.split(".")[0]

@@ -190,7 +190,7 @@ def test_sums_over_parts_are_the_sum_over_the_whole(method):
         part = make_batch(
             [mask[i] for i in own], [0] * len(own), [row[i] for i in own], ref_logps=[refs[i] for i in own]
         )
-        parts.append(method.loss(Scores(*(x[keep] for x in scores)), part, method.Config()))
+        parts.append(method.loss(Scores(*(x[keep] for x in scores[:3])), part, method.Config()))
     assert whole.total.item() == pytest.approx(sum(p.total.item() for p in parts), rel=1e-6)
     assert whole.count.item() == sum(p.count.item() for p in parts)
     for name, (total, count) in whole.metrics.items():

@@ -14,6 +14,8 @@ from mlx_realign import cli, config, methods
 RECIPES = sorted((Path(config.__file__).parent / "recipes").glob("*.toml"))
 SFT = [{"prompt": f"Say {word}", "completion": f"{word}!"} for word in ("one", "two", "three", "four")]
 PAIRS = [{"prompt": f"Say {word}", "chosen": f"{word}, please", "rejected": "No."} for word in ("one", "two", "three")]
+MARKED = [{"prompt": f"Say {word}", "completion": f"{word}!", "label": word != "two"} for word in ("one", "two", "three")]
+ROWS = {"sft": SFT, "pairs": PAIRS, "unpaired": MARKED}
 NEEDED = ["--model", "m", "--data", "d"]
 
 
@@ -23,7 +25,7 @@ def rows(tmp_path: Path) -> Callable[[str], Path]:
 
     def write(method: str) -> Path:
         path = tmp_path / f"{method}.jsonl"
-        path.write_text("".join(json.dumps(row) + "\n" for row in (SFT if method == "sft" else PAIRS)))
+        path.write_text("".join(json.dumps(row) + "\n" for row in ROWS[methods.find(method).FORMAT]))
         return path
 
     return write
@@ -54,9 +56,12 @@ def test_every_line_says_what_it_brings(path: Path):
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_lora_defaults_are_those_of_the_literature(path: Path):
-    """All linear layers, ten times a full fine-tune's rate (TRL's: 2e-5 and 1e-6), alpha / rank = 2, batch below 32."""
+    """All linear layers, ten times a full fine-tune's rate, alpha / rank = 2, batch below 32.
+
+    Rates of full fine-tunes: TRL's defaults, 2e-5 for sft and 1e-6 for preferences; ORPO's paper has 8e-6.
+    """
     run = config.parse(["--config", path.stem, *NEEDED])
-    full_rate = {"sft": 2e-5, "dpo": 1e-6}[run.method]
+    full_rate = {"sft": 2e-5, "orpo": 8e-6}.get(run.method, 1e-6)
     assert run.settings.learning_rate == pytest.approx(10 * full_rate)
     assert methods.find(run.method).LEARNING_RATE == pytest.approx(10 * full_rate)
     assert run.settings.lora_targets == "all-linear"

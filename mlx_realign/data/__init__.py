@@ -2,10 +2,22 @@
 """JSONL row -> tokens and mask -> padded batch. `load` once, `plan` an epoch, `collate` each batch."""
 
 from .batching import collate, plan
+from .encode import key_of
 from .formats import FORMATS
 from .pipeline import load
 from .source import has_split
 from .store import Dataset, cache_dir
 from .tokens import encode_prompt, stop_ids
 
-__all__ = ["FORMATS", "Dataset", "cache_dir", "collate", "encode_prompt", "has_split", "load", "plan", "stop_ids"]
+__all__ = [
+    "FORMATS",
+    "Dataset",
+    "cache_dir",
+    "collate",
+    "encode_prompt",
+    "has_split",
+    "key_of",
+    "load",
+    "plan",
+    "stop_ids",
+]

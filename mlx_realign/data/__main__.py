@@ -78,9 +78,7 @@ def main(argv: list[str]) -> int:
         return _show(flags.parse(ShowSettings, words, prog=prog, doc=doc, positional=["file"]))
     if verb == "convert":
         doc = "Make pairs of groups, or labelled completions of groups and pairs; nothing is written when a row is bad."
-        source = flags.fields_of(ConvertSettings)["from_"].flag
-        words = [source + word[6:] if word.partition("=")[0] == "--from" else word for word in rest]
-        return _convert(flags.parse(ConvertSettings, words, prog=prog, doc=doc, positional=["file"]))
+        return _convert(flags.parse(ConvertSettings, rest, prog=prog, doc=doc, positional=["file"]))
     verbs = ("validate", "show", "convert")
     raise UserError(f"data has no command {verb!r}.{flags.nearest(verb, verbs)} It has {', '.join(verbs)}.")
 

@@ -125,7 +125,7 @@ class Encoder:
         chosen, *others = pieces.completions
         if any(np.array_equal(chosen.tokens, c.tokens) for c in others):
             return RowError("chosen and rejected become the same tokens")
-        return Example(pieces.prompt, pieces.completions, line, _key(pieces), row.extras)
+        return Example(pieces.prompt, pieces.completions, line, key_of(*pieces), row.extras)
 
     def _cut(self, pieces: Pieces, text: bool) -> Pieces | None:
         """Cut the start until the row fits. BOS stays, completions stay whole; None where that is impossible."""
@@ -163,10 +163,10 @@ def _joined(row: Row) -> str:
     return prompt if row.system is None else f"{row.system}\n{prompt}"
 
 
-def _key(pieces: Pieces) -> str:
-    """Hash of what a number computed from this row depends on: its tokens and which of them are trained."""
-    digest = hashlib.blake2b(pieces.prompt.tobytes(), digest_size=16)
-    for tokens, mask in pieces.completions:
+def key_of(prompt: np.ndarray, completions: Sequence[Completion]) -> str:
+    """Hash of what a number computed from a row depends on: its tokens and which of them are trained."""
+    digest = hashlib.blake2b(prompt.tobytes(), digest_size=16)
+    for tokens, mask in completions:
         digest.update(b"|")
         digest.update(tokens.tobytes())
         digest.update(mask.tobytes())

@@ -17,7 +17,7 @@ from .encode import Encoder, TooLong
 from .formats import FORMATS, Row, accepted, parse
 from .messages import RowError
 
-VERSION = 1  # raise it when the same rows become other tokens
+VERSION = 2  # raise it when the same rows become other tokens
 _CHUNK_ROWS, _CHUNK_CHARS = 1000, 4_000_000  # what one call of the tokenizer gets; a larger row goes alone
 _SHOWN = 20
 
