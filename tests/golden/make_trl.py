@@ -9,7 +9,7 @@ Every run starts from the same PEFT adapter (`tiny.py`) and takes the rows of `r
 micro-batch, eight optimizer steps, float32, torch AdamW (betas 0.9 and 0.999, eps 1e-8, no decay), constant rate,
 gradients clipped to norm 1. The DPO reference is the policy as it starts: TRL copies a loaded adapter into one named
 "ref"; only `sigmoid_ref_base` has the bare model as its reference. A JSON file holds
-  rows     the token ids TRL trained on; labels are -100 where it did not
+  rows     the token ids TRL trained on; labels are -100 where it did not; KTO's have their `label`, good or not, too
   runs     name -> settings, and steps: what TRL logged (its names, unrounded; grad_norm is before clipping).
            With accumulation the loss is TRL's; its metrics are means of micro-batch means
   noise    largest difference of a loss between two attention implementations of torch: tolerances start above it
@@ -27,13 +27,13 @@ from typing import Any
 import torch
 from datasets import Dataset, disable_caching, disable_progress_bars
 from peft import PeftModel
-from rows import COMPLETIONS, PAIRS
+from rows import COMPLETIONS, PAIRS, UNPAIRED
 from safetensors.numpy import save_file
 from tiny import CONFIG, TOKENIZER, adapter_weights, base_weights, fingerprint, write_adapter, write_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback
 from transformers.utils import logging
-from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
+from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer, SFTConfig, SFTTrainer
 from trl.experimental.cpo import CPOConfig, CPOTrainer
 from trl.experimental.orpo import ORPOConfig, ORPOTrainer
 
@@ -69,6 +69,7 @@ DPO_RUNS: dict[str, dict[str, Any]] = {
     "js_divergence": {"f_divergence_type": "js_divergence"},
     "alpha_divergence": {"f_divergence_type": "alpha_divergence"},
     "ld_alpha": {"ld_alpha": 0.5},
+    "wpo": {"use_weighting": True},
 }
 SFT_RUNS: dict[str, dict[str, Any]] = {
     "nll": {},
@@ -87,11 +88,17 @@ CPO_RUNS: dict[str, dict[str, Any]] = {
     "cpo_simpo": {"loss_type": "simpo", "beta": 2.0, "simpo_gamma": 1.0, "cpo_alpha": 0.5},
     "alphapo": {"loss_type": "simpo", "beta": 2.0, "simpo_gamma": 1.0, "cpo_alpha": 0.0, "alpha": 0.25},
 }
+KTO_RUNS: dict[str, dict[str, Any]] = {
+    "kto": {},
+    "kto_weighted": {"beta": 0.3, "desirable_weight": 1.5, "undesirable_weight": 0.5},
+    "apo_zero_unpaired": {"loss_type": "apo_zero_unpaired"},
+}
 FILES = {  # the rate moves the loss a lot in eight steps without driving a hinge to zero
     "trl_dpo": (DPOTrainer, DPOConfig, PAIRS, 2e-3, DPO_RUNS),
     "trl_sft": (SFTTrainer, SFTConfig, COMPLETIONS, 1e-2, SFT_RUNS),
     "trl_orpo": (ORPOTrainer, ORPOConfig, PAIRS, 1e-2, ORPO_RUNS),
     "trl_cpo": (CPOTrainer, CPOConfig, PAIRS, 2e-3, CPO_RUNS),
+    "trl_kto": (KTOTrainer, KTOConfig, UNPAIRED, 5e-3, KTO_RUNS),
 }
 # At the reference itself the first gradients of most losses differ by little more than a factor: no need to hold all.
 GRADIENT = (
@@ -101,9 +108,11 @@ GRADIENT = (
     "apo_zero",
     "sigmoid_sft",
     "ld_alpha",
+    "wpo",
     *SFT_RUNS,
     *ORPO_RUNS,
     *CPO_RUNS,
+    *KTO_RUNS,
 )
 FINAL = ("sigmoid", "sigmoid_accumulate2", "nll", "nll_accumulate2", "nll_dora", "orpo", "cpo")
 UNSTABLE_KEYS = ("epoch", "train_runtime", "train_samples_per_second", "train_steps_per_second", "total_flos")
@@ -263,7 +272,11 @@ def token_rows(dataset: Dataset) -> list[dict[str, list[int]]]:
     """What TRL trains on: whole sequences and their labels, in one format for all trainers."""
     rows = []
     for row in dataset.to_list():
-        if "labels" in row:  # SFT
+        if "label" in row:  # KTO
+            ids, completion = row["prompt_ids"], row["completion_ids"]
+            labels = [-100] * len(ids) + completion
+            rows.append({"input_ids": ids + completion, "labels": labels, "label": row["label"]})
+        elif "labels" in row:  # SFT
             rows.append({"input_ids": row["input_ids"], "labels": row["labels"]})
         elif "chosen_labels" in row:  # ORPO, CPO
             rows.append({f"{s}_{k}": row[f"{s}_{k}"] for s in ("chosen", "rejected") for k in ("input_ids", "labels")})

@@ -29,3 +29,10 @@ _ROWS: list[tuple[list[dict[str, str]], str, str]] = [  # prompt, chosen, reject
 
 PAIRS = [{"prompt": p, "chosen": [_turn("assistant", c)], "rejected": [_turn("assistant", r)]} for p, c, r in _ROWS]
 COMPLETIONS = [{"prompt": p, "completion": [_turn("assistant", c)]} for p, c, _ in _ROWS]
+# Batches of two with both good, both bad, one of each; the second half has every prompt's other completion.
+_GOOD = (True, True, False, True, True, False, False, False)
+UNPAIRED = [
+    {"prompt": p, "completion": [_turn("assistant", c if good else r)], "label": good}
+    for goods in (_GOOD, [not good for good in _GOOD])
+    for (p, c, r), good in zip(_ROWS, goods, strict=True)
+]
