@@ -333,9 +333,9 @@ def test_a_window_of_two_batches_is_one_batch_of_both(method, words, tmp_path: P
         rows = [{"prompt": r["prompt"], "completion": r["chosen"], "label": i % 3 > 0} for i, r in enumerate(rows)]
     file = write_rows(tmp_path / "rows.jsonl", rows)
     found = []
-    for size, count in ((4, 1), (2, 2)):
+    for size, count in ((4, 1), (2, 2), (1, 4)):
         shape = ("--batch-size", size, "--gradient-accumulation", count, "--steps", 2, "--no-shuffle")
         run = launch(tmp_path / str(size), tiny_model_dir, file, *shape, *words, method=method)
         assert run.code == 0
         found.append([(row["loss"], row["grad_norm"]) for row in run.steps])
-    np.testing.assert_allclose(found[1], found[0], rtol=2e-5)
+    np.testing.assert_allclose(found[1:], [found[0]] * 2, rtol=2e-5)
