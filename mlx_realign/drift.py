@@ -95,10 +95,10 @@ class Probe:
     """Up to 64 trained positions in up to 8 rows, at which next-token distributions are compared with the start's.
 
     Exact at these positions: the whole vocabulary counts. It costs, at the start and at each measurement, a forward
-    pass without gradient over at most 8 prompts with one completion each (as much as a third of a training step of
-    SFT on these rows, less beside methods with two completions to a prompt), in pieces of a micro-batch; and [64, V]
-    float32 for as long as the run lasts, 39 MB with 152k tokens. A model that computes in bfloat16 is measured as it
-    is, its rounding included: there a KL below 1e-3 may be noise.
+    pass without gradient over at most 8 prompts with one completion each, in pieces of a micro-batch: about two fifths
+    of a training step on 4 pairs of that length. And [64, V] float32 for as long as the run lasts, 39 MB with 152k
+    tokens. A model that computes in bfloat16 is measured as it is, rounding included: there a KL below 1e-3 may be
+    nothing else.
     """
 
     def __init__(self, policy: Policy, rows: Sequence[Example] | data.Dataset, *, seed: int, batch_size: int) -> None:

@@ -122,7 +122,8 @@ class RunFolder:
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(f"--resume: {self.config} is missing or damaged; start again in another folder") from error
         told = [
-            BY_CONTENT.get(name) or f"--{name.replace('_', '-')} was {before[name]} and is now {value}"
+            BY_CONTENT.get(name)
+            or f"--{name.replace('_', '-')} was {as_flag(before[name])} and is now {as_flag(value)}"
             for name, value in now.items()
             if name in before and before[name] != value
         ]
@@ -202,6 +203,13 @@ def write_model(policy: Policy, folder: Path) -> None:
         checkpoint.sync(file)
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(temporary, folder)
+
+
+def as_flag(value: Any) -> str:
+    """A setting as the command line has it."""
+    if value is None:
+        return "its default"
+    return ",".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def as_json(row: dict[str, Any]) -> str:

@@ -163,7 +163,8 @@ def test_other_settings_or_data_are_refused_by_name(tiny_model_dir, model_folder
             assert part in str(error.value)
         assert {path: path.read_bytes() for path in run.folder.rglob("*") if path.is_file()} == before
 
-    refused("--seed was 0 and is now 1", "--beta was 0.1 and is now 0.3", flags=("--seed", 1, "--beta", 0.3))
+    refused("--seed was 0 and is now 1", "--beta was its default and is now 0.3", flags=("--seed", 1, "--beta", 0.3))
+    refused("--loss-type was sigmoid and is now sigmoid,sft", flags=("--loss-type", "sigmoid,sft"))
     refused("--lora-rank was 4 and is now 8", flags=("--lora-rank", 8))
     refused("--model has other weights", model=model_folder("llama", seed=5))
     other = write_rows(tmp_path / "other" / "train.jsonl", pair_rows(9)).parent
