@@ -58,10 +58,11 @@ class Pair(NamedTuple):
         """r_w - r_l, each per token of its completion, nats [N]."""
         return self.chosen_ratio / self.chosen_length - self.rejected_ratio / self.rejected_length
 
-    def swapped(self) -> "Pair":
-        """The other way round; a demanded margin goes with it."""
+    def swapped(self, which: mx.array) -> "Pair":
+        """The pairs of a mask bool [N] the other way round; a demanded margin goes with them."""
         c, r, ref_c, ref_r, chosen_length, rejected_length, margin = self
-        return Pair(r, c, ref_r, ref_c, rejected_length, chosen_length, margin)
+        turned = Pair(r, c, ref_r, ref_c, rejected_length, chosen_length, margin)
+        return Pair(*(mx.where(which, other, own) for own, other in zip(self, turned, strict=True)))
 
 
 def names() -> list[str]:

@@ -35,9 +35,9 @@ def test_rows_decode_to_the_rows_trl_was_given(name: str, tmp_path: Path):
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(tiny.write_model(tmp_path / "model"))
-    inputs = rows.COMPLETIONS if name == "trl_sft" else rows.PAIRS
+    inputs = {"trl_sft": rows.COMPLETIONS, "trl_kto": rows.UNPAIRED}.get(name, rows.PAIRS)
     for given, row in zip(inputs, golden(name)["rows"], strict=True):
-        for side in ("completion",) if name == "trl_sft" else ("chosen", "rejected"):
+        for side in ("completion",) if "completion" in given else ("chosen", "rejected"):
             prefix = "" if side == "completion" else side + "_"
             ids, labels = row[prefix + "input_ids"], row[prefix + "labels"]
             trained = [token for token in labels if token != -100]

@@ -14,7 +14,7 @@ from mlx_realign import cli, config, methods
 RECIPES = sorted((Path(config.__file__).parent / "recipes").glob("*.toml"))
 SFT = [{"prompt": f"Say {word}", "completion": f"{word}!"} for word in ("one", "two", "three", "four")]
 PAIRS = [{"prompt": f"Say {word}", "chosen": f"{word}, please", "rejected": "No."} for word in ("one", "two", "three")]
-MARKED = [{"prompt": f"Say {word}", "completion": f"{word}!", "label": word != "two"} for word in ("one", "two", "three")]
+MARKED = [{"prompt": f"Say {word}", "completion": word, "label": word != "two"} for word in ("one", "two", "three")]
 ROWS = {"sft": SFT, "pairs": PAIRS, "unpaired": MARKED}
 NEEDED = ["--model", "m", "--data", "d"]
 

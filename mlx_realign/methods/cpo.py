@@ -117,7 +117,7 @@ def loss(scores: Scores, batch: Batch, config: Config) -> LossOutput:
     bent = pair._replace(chosen=chosen, rejected=rejected, chosen_length=one, rejected_length=one)
     values = _values(bent, config)
     if (tied := losses.tied(batch)) is not None:  # a pair of equals counts half in either order
-        values = mx.where(tied, (values + _values(bent.swapped(), config)) / 2, values)
+        values = (values + _values(bent.swapped(tied), config)) / 2
     metrics = losses.reward_metrics(config.scale * chosen, config.scale * rejected, *logps)
     metrics |= {"nll_loss": (nll, trained.sum().astype(mx.float32))} | losses.token_metrics(scores, trained)
     total = values.sum() + config.likelihood * nll * batch.extras["nll_weight"]

@@ -153,9 +153,7 @@ def _values(name: str, pair: losses.Pair, tied: mx.array | None, config: Config)
     function = getattr(losses, name)
     own = {option: getattr(config, option) for option in losses.options(function) if option != "beta"}
     measure = lambda pair: function(_scored(name, pair, config), beta=config.beta_of(name), **own)  # noqa: E731
-    if tied is None or name in losses.COUPLED:  # whose entries belong to no pair of their own
-        return measure(pair)
-    return mx.where(tied, (measure(pair) + measure(pair.swapped())) / 2, measure(pair))
+    return measure(pair) if tied is None else (measure(pair) + measure(pair.swapped(tied))) / 2
 
 
 def _scored(name: str, pair: losses.Pair, config: Config) -> losses.Pair:

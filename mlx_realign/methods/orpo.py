@@ -59,7 +59,7 @@ def loss(scores: Scores, batch: Batch, config: Config) -> LossOutput:
         tokens = tokens + mx.maximum(batch.prompt.shape[1] - 1 - batch.prompt_pad, 0).sum()
     ratio = losses.odds_ratio(pair, beta=config.beta)
     if (tied := losses.tied(batch)) is not None:  # a pair of equals counts half in either order
-        ratio = mx.where(tied, (ratio + losses.odds_ratio(pair.swapped(), beta=config.beta)) / 2, ratio)
+        ratio = (ratio + losses.odds_ratio(pair.swapped(tied), beta=config.beta)) / 2
     count = mx.array(float(ratio.shape[0]))
     chosen, rejected = pair.chosen / pair.chosen_length, pair.rejected / pair.rejected_length
     odds = losses.log_odds(chosen, rejected)
