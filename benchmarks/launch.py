@@ -63,7 +63,8 @@ def run(command: Sequence[str | Path], environment: dict[str, str] | None = None
         text = out.read()
         if child.returncode:
             tail = "\n".join((text + err.read()).splitlines()[-15:])
-            raise Failed(f"{' '.join(map(str, command))}\nended with {child.returncode}:\n{tail}")
+            why = f"ended with {child.returncode}: {tail.splitlines()[-1] if tail else ''}"
+            raise Failed(f"{' '.join(map(str, command))}\n{tail}\n{why}")
     return text, wall, usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
 
 

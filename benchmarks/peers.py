@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Time mlx-realign against its peers, in turn (ours, peer, ours, peer, ...), on one machine in one run.
 
-    python benchmarks/make_pairs.py MODEL DATA
+    python benchmarks/make_pairs.py MODEL DATA [--prompt-tokens 256]
     python benchmarks/peers.py --model MODEL --data DATA --unsloth VENV --mlx-lm-lora VENV --mlx-lm VENV --trl VENV
 
 Each peer is an installed package in a virtual environment of its own (the drivers in `peer_drivers/` say which), left
@@ -29,11 +29,14 @@ from workload import CASES, Case
 
 DRIVERS = Path(__file__).parent / "peer_drivers"
 OURS = "mlx-realign"
+PAIRS_AND_SFT = ("dpo", "orpo", "cpo", "sft")
+COMPARED = {name: case for name, case in CASES.items() if case.rejected == 1}  # no peer reads several rejected
 
 
 @dataclass(frozen=True)
 class Peer:
-    """A contestant that is not ours. `cached`: it can compute the reference beforehand."""
+    """A contestant that is not ours. `cached`: it can compute the reference beforehand; `nll_on_prompt`: the likelihood
+    in its ORPO is of prompt and chosen, not of chosen alone."""
 
     name: str
     driver: str
@@ -41,13 +44,14 @@ class Peer:
     methods: tuple[str, ...]
     cached: bool
     mlx: bool = True
+    nll_on_prompt: bool = False
 
 
 PEERS = {
-    "unsloth": Peer("unsloth_zoo", "run_unsloth.py", "unsloth_zoo", ("dpo", "sft"), cached=True),
-    "mlx-lm-lora": Peer("mlx-lm-lora", "run_mlx_lm_lora.py", "mlx-lm-lora", ("dpo", "sft"), cached=False),
+    "unsloth": Peer("unsloth_zoo", "run_unsloth.py", "unsloth_zoo", PAIRS_AND_SFT, cached=True, nll_on_prompt=True),
+    "mlx-lm-lora": Peer("mlx-lm-lora", "run_mlx_lm_lora.py", "mlx-lm-lora", PAIRS_AND_SFT, cached=False),
     "mlx-lm": Peer("mlx-lm", "run_mlx_lm.py", "mlx-lm", ("sft",), cached=False),
-    "trl": Peer("TRL (torch)", "run_trl.py", "trl", ("dpo", "sft"), cached=True, mlx=False),
+    "trl": Peer("TRL (torch)", "run_trl.py", "trl", PAIRS_AND_SFT, cached=True, mlx=False, nll_on_prompt=True),
 }
 
 
@@ -67,7 +71,7 @@ def contestants(case: Case, venvs: dict[str, Path], tries: list[str]) -> list[Co
     found = []
     for key, venv in venvs.items():
         peer = PEERS[key]
-        if case.method not in peer.methods:
+        if case.method not in peer.methods or (case.nll_on_prompt and not peer.nll_on_prompt):
             continue
         checkpoint = ("--checkpoint",) if case.goal == "memory" else ()
         ways: dict[str, tuple[str, ...]] = {"": checkpoint}
@@ -108,7 +112,7 @@ def compare(name: str, a: argparse.Namespace, venvs: dict[str, Path], environmen
     """Run one case: every round pairs a run of ours with one of each peer. Returns the case's JSON."""
     case, field = CASES[name], contestants(CASES[name], venvs, a.tries)
     steps = run.epoch_steps(case, a.data) if case.goal == "epoch" else a.steps
-    flops = workload.flops_per_step(a.model, case, a.data)
+    flops, lengths = workload.flops_per_step(a.model, case, a.data), workload.lengths(a.data)
     peaks: list[float] = []
     rows: dict[str, list[dict]] = {OURS: []} | {c.label: [] for c in field}
     failed: dict[str, str] = {}
@@ -135,33 +139,19 @@ def compare(name: str, a: argparse.Namespace, venvs: dict[str, Path], environmen
             attempt(label, contestant, replace(case, goal="speed"), workload.WARM_UP_STEPS, keep=False)
     for _ in range(a.rounds):
         peaks.append(launch.matmul_peak_gflops(Path(sys.executable)))
-        for label, contestant in everyone[1:] or everyone[:1]:
+        for label, contestant in (pair for pair in everyone[1:] or everyone[:1] if pair[0] not in failed):
             attempt(OURS, None, case, steps)
             if contestant:
                 attempt(label, contestant, case, steps)
     peak = statistics.median(peaks)
     return {
-        "about": case.about,
+        "about": f"{case.about}; prompts of {lengths['prompt']} tokens",
+        "lengths": lengths,
         "steps": steps,
         "gflop_per_step": round(flops / 1e9, 1),
         "matmul_peak_gflops": [round(p, 1) for p in peaks],
-        "contestants": {label: _medians(runs, flops, peak, steps, case) for label, runs in rows.items() if runs},
+        "contestants": {label: run.medians(runs, flops, peak, steps, case) for label, runs in rows.items() if runs},
         "failed": {label: text.splitlines()[-1] for label, text in failed.items()},
-    }
-
-
-def _medians(runs: list[dict], flops: float, peak: float, steps: int, case: Case) -> dict[str, Any]:
-    """The medians of a contestant's runs."""
-    middle = {key: statistics.median(r[key] for r in runs) for key in ("seconds", "maxrss_gb", "wall_s")}
-    mlx = [r["mlx_peak_gb"] for r in runs if r["mlx_peak_gb"] is not None]
-    work = flops * (steps if case.goal == "epoch" else 1)
-    return {
-        **{key: round(value, 3) for key, value in middle.items()},
-        "mlx_peak_gb": round(statistics.median(mlx), 3) if mlx else None,
-        "share_of_peak": round(work / middle["seconds"] / 1e9 / peak, 3),
-        "all_seconds": [r["seconds"] for r in runs],
-        "first_loss": runs[0]["first_loss"],
-        "last_loss": runs[0]["last_loss"],
     }
 
 
@@ -170,12 +160,13 @@ def shown(name: str, result: dict[str, Any]) -> str:
     found = result["contestants"]
     lines: list[tuple[str, ...]] = [(*run.HEADER, "time : ours", "RSS : ours")]
     for label, row in found.items():
-        times = ["", ""]
+        times = ("", "")
         if OURS in found:
-            times = [f"{row[key] / found[OURS][key]:.2f}" for key in ("seconds", "maxrss_gb")]
+            times = run.ratios(row, found[OURS])
         lines.append((*run.cells({"contestant": label, **row}), *times))
     unit = f"{result['steps']} steps, start-up included" if CASES[name].goal == "epoch" else "a step"
-    return f"\n{name}: {result['about']}; seconds of {unit}\n{launch.table(lines)}"
+    failures = "".join(f"\n{label} failed, {why}" for label, why in result["failed"].items())
+    return f"\n{name}: {result['about']}; seconds of {unit}\n{launch.table(lines)}{failures}"
 
 
 def environments(venvs: dict[str, Path], folder: Path) -> dict[str, dict[str, str]]:
@@ -205,7 +196,7 @@ def main() -> None:
     for key, peer in PEERS.items():
         default = os.environ.get("PEER_" + key.upper().replace("-", "_"))
         parser.add_argument(f"--{key}", type=Path, default=default, metavar="VENV", help=f"environment of {peer.name}")
-    parser.add_argument("--cases", default=",".join(CASES), help="comma-separated: " + ", ".join(CASES))
+    parser.add_argument("--cases", default=",".join(COMPARED), help="comma-separated: " + ", ".join(COMPARED))
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--steps", type=int, default=8, help="steps of a run that is not an epoch")
     parser.add_argument("--no-warm-up", action="store_true", help="epochs: no untimed first run")
@@ -215,9 +206,9 @@ def main() -> None:
     a = parser.parse_args()
     a.model, a.data = a.model.absolute(), a.data.absolute()
     venvs = {key: path.absolute() for key in PEERS if (path := getattr(a, key.replace("-", "_")))}
-    unknown = [name for name in a.cases.split(",") if name not in CASES]
+    unknown = [name for name in a.cases.split(",") if name not in COMPARED]
     if unknown:
-        parser.error(f"no case {unknown[0]}; there are {', '.join(CASES)}")
+        parser.error(f"no case {unknown[0]}; there are {', '.join(COMPARED)}")
     with tempfile.TemporaryDirectory() as folder:
         prepared = environments(venvs, Path(folder))
         results = {}

@@ -14,21 +14,30 @@ WARM_UP_STEPS = 2  # left out of every median: shapes are compiled and memory is
 class Case:
     """One row of the table: the same job for every contestant, each with its best setting for the goal."""
 
-    method: Literal["dpo", "sft"]
+    method: Literal["dpo", "sft", "orpo", "cpo"]
     goal: Literal["speed", "memory", "epoch"]  # epoch: one pass over all rows, process start to end
     reference: Literal["cached", "live"] | None = None
     about: str = ""
+    rejected: int = 1  # completions of a prompt beside the chosen one; several: no peer reads them, run.py times us
+    nll_on_prompt: bool = False  # ORPO's likelihood covers the prompt as well
 
     @property
     def rows_file(self) -> str:
         """Path below the data folder."""
-        return f"{self.method}/{'train' if self.goal == 'epoch' else 'steps'}.jsonl"
+        folder = "sft" if self.method == "sft" else "dpo" if self.rejected == 1 else f"dpo-rejected{self.rejected}"
+        return f"{folder}/{'train' if self.goal == 'epoch' else 'steps'}.jsonl"
 
 
 CASES = {
     "dpo-cached": Case("dpo", "speed", "cached", "DPO, reference log-probs computed before the first step"),
     "dpo-live": Case("dpo", "speed", "live", "DPO, reference computed in every step"),
     "dpo-checkpointed": Case("dpo", "memory", "cached", "DPO, gradient checkpointing"),
+    "dpo-rejected3": Case("dpo", "speed", "cached", "DPO, 3 rejected completions a prompt", rejected=3),
+    "orpo": Case("orpo", "speed", None, "ORPO"),
+    "orpo-prompt": Case("orpo", "speed", None, "ORPO, likelihood of prompt and chosen", nll_on_prompt=True),
+    "orpo-checkpointed": Case("orpo", "memory", None, "ORPO, gradient checkpointing"),
+    "cpo": Case("cpo", "speed", None, "CPO"),
+    "cpo-checkpointed": Case("cpo", "memory", None, "CPO, gradient checkpointing"),
     "sft": Case("sft", "speed", None, "SFT, loss on the completion"),
     "sft-checkpointed": Case("sft", "memory", None, "SFT, gradient checkpointing"),
     "dpo-cold": Case("dpo", "epoch", "cached", "DPO, 128 pairs from process start to end, reference included"),
@@ -63,8 +72,9 @@ def flops_per_step(model: Path, case: Case, data: Path) -> float:
     linear = layers * sum(a * b for a, b in shapes)
     row = lengths(data)
     prompt = row["prompt"] - 1  # its last token is the first input of every completion
-    completions = [row["chosen"]] + ([row["rejected"]] if case.method == "dpo" else [])
+    completions = [row["chosen"]] + [row["rejected"]] * (0 if case.method == "sft" else case.rejected)
     tokens, trained = BATCH * (prompt + sum(completions)), BATCH * sum(completions)
+    trained += BATCH * prompt * case.nll_on_prompt  # every token of a prompt but its first is predicted
     seen = prompt * (prompt + 1) // 2 + sum(n * prompt + n * (n + 1) // 2 for n in completions)
     head, attention = config["vocab_size"] * width * trained, heads * BATCH * seen * layers
     total = 4 * linear * tokens + 4 * head + 12 * attention

@@ -12,7 +12,7 @@ from typing import Any
 def arguments() -> argparse.Namespace:
     """The job, in flags that are the same for every peer."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("--method", choices=("sft", "dpo", "orpo"), required=True)
+    parser.add_argument("--method", choices=("sft", "dpo", "orpo", "cpo"), required=True)
     parser.add_argument("--model", required=True)
     parser.add_argument("--data", type=Path, required=True, help="JSONL: prompt/completion or prompt/chosen/rejected")
     parser.add_argument("--steps", type=int, required=True)

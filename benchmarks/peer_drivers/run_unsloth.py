@@ -63,6 +63,8 @@ def main(a) -> None:  # noqa: ANN001
         fields["gradient_checkpointing"] = False
     if a.method != "sft":
         fields["max_length"] = a.max_length
+    if a.method in ("orpo", "cpo"):
+        fields["max_prompt_length"] = a.max_length * 3 // 4  # its default, 512, has to be below max_length
     if a.precompute:
         fields["precompute_ref_log_probs"] = True
     fields |= common.settings(a.set)
