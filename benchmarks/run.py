@@ -40,13 +40,15 @@ def train(case: Case, model: Path, data: Path, *, steps: int, flags: list[str] |
         command += ["--nll-on-prompt"] if case.nll_on_prompt else []
         _, wall, maxrss = launch.run([*map(str, command), *(flags or [])], {"MLX_REALIGN_CACHE": str(cache)})
         rows = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    live = [row["step_s"] for row in rows[:first_epoch]]
+    live = live[workload.WARM_UP_STEPS :] or live
     return launch.Run(
         steps_s=[row["step_s"] for row in rows[first_epoch:]],
         losses=[row["loss"] for row in rows],
         wall_s=wall,
         maxrss_gb=maxrss,
         mlx_peak_gb=max(row["peak_memory_gb"] for row in rows),
-        notes={"live_step_s": statistics.median(row["step_s"] for row in rows[2:first_epoch])} if first_epoch else {},
+        notes={"live_step_s": statistics.median(live)} if first_epoch else {},
     )
 
 
