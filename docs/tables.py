@@ -41,18 +41,18 @@ def backends(data: dict[str, Any]) -> str:
 
 
 def peers(found: dict[str, Any]) -> str:
-    """One row per case: our seconds, the fastest peer's, their ratio; our peak memory and the leanest peer's."""
-    head = ["seconds of a step (epoch: of it all)", "ours", "fastest peer", "ratio", "peak GB, ours", "leanest peer"]
+    """One row per case: our seconds and those of the fastest peers, over ours; our peak memory and the leanest peer's."""
+    head = ["seconds of a step (epoch: of it all)", "ours", "fastest in MLX", "fastest of all", "peak GB, ours", "leanest"]
     lines = [row(*head), row(*["---"] * len(head))]
     for case in found["cases"].values():
         ours = case["contestants"][OURS]
         others = {label: one for label, one in case["contestants"].items() if label != OURS}
-        fast = min(others, key=lambda label: others[label]["seconds"])
-        lean = min(others, key=lambda label: others[label]["maxrss_gb"])
-        times = (ours["seconds"], others[fast]["seconds"])
-        memory = (f"{ours['maxrss_gb']:.2f}", f"{others[lean]['maxrss_gb']:.2f} ({lean})")
-        ratio = f"{times[1] / times[0]:.2f}"
-        lines.append(row(case["about"], f"{times[0]:.2f}", f"{times[1]:.2f} ({fast})", ratio, *memory))
+        if not others:
+            continue
+        in_mlx = {label: one for label, one in others.items() if one["mlx_peak_gb"] is not None}
+        times = [_least(field, "seconds", ours) for field in (in_mlx, others)]
+        memory = (f"{ours['maxrss_gb']:.2f}", _least(others, "maxrss_gb", ours))
+        lines.append(row(case["about"], f"{ours['seconds']:.2f}", *times, *memory))
     machine = found["machine"]
     packages = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
     lines += [
@@ -61,6 +61,14 @@ def peers(found: dict[str, Any]) -> str:
     ]
     lines[-1] += f" beside one of a peer, median of {found['rounds']} rounds; memory is the process's peak. {packages}."
     return "\n".join([*lines, "Again: `python benchmarks/peers.py`, whose first lines say how."])
+
+
+def _least(field: dict[str, Any], what: str, ours: dict[str, Any]) -> str:
+    """The contestant with the least of something, how much, and how many times ours."""
+    if not field:
+        return "-"
+    label = min(field, key=lambda label: field[label][what])
+    return f"{field[label][what]:.2f}, {field[label][what] / ours[what]:.2f}x ({label})"
 
 
 def demo(results: list[dict[str, Any]]) -> str:

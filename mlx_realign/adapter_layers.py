@@ -39,9 +39,14 @@ class Adapter(nn.Module):
         self.scale, self.dropout = scale, dropout
         self._scale = mx.array(scale, dtype=mx.float32)
         self._dropout_key = None
+        self.off = False
 
     def enable(self, on: bool) -> None:
-        """On, or off: then the layer gives what its base gives."""
+        """On, or off: then the layer gives what its base gives.
+
+        A trace compiled while it was on gives that by the scale alone; otherwise the low-rank side is not computed.
+        """
+        self.off = not on
         self._scale = mx.array(self.scale if on else 0.0, dtype=mx.float32)
 
     def drop(self, x: mx.array) -> mx.array:
@@ -161,6 +166,10 @@ def base_of(adapter: Adapter) -> Base:
 
 def low_rank_linear(layer: Any, x: mx.array) -> mx.array:
     """base(x) + (x A) (s B); x [..., in] -> [..., out] in x's dtype."""
+    if layer.off:
+        y = layer.linear(x)
+        stretch(y)
+        return y
     a = layer.lora_a.astype(x.dtype)
     b = (layer.lora_b * layer._scale).astype(x.dtype)  # the scale goes to the small side: no pass over [tokens, out]
     if layer._dropout_key is not None and layer.dropout > 0:

@@ -36,6 +36,7 @@ class Policy:
         self.compiled = False
         self.needs: frozenset[str] = frozenset()
         self.start: dict[str, mx.array] = {}
+        self._starts_at_base: bool | None = None
         self.model.freeze()
         self.notes += install(self.model)
         if loading.on_cpu() and (slow := blas.missing()):
@@ -118,6 +119,7 @@ class Policy:
     def mark_start(self) -> None:
         """What the policy is now becomes what `reference("init")` answers with; only adapter tensors are kept."""
         self.start = adapter.state(self.model)
+        self._starts_at_base = None
 
     # ------------------------------------------------------------------ forward
 
@@ -234,8 +236,9 @@ class Policy:
         Adapter tensors are exchanged for those of the start; with full fine-tuning it must be used before step 1.
         """
         now = adapter.state(self.model)
-        with self.adapter_off() if kind == "base" else nullcontext():
-            if kind == "init":
+        bare = kind == "base" or self.starts_at_base
+        with self.adapter_off() if bare else nullcontext():
+            if not bare:
                 self.model.load_weights(list(self.start.items()), strict=False)
             try:
                 yield
@@ -254,8 +257,11 @@ class Policy:
     @property
     def starts_at_base(self) -> bool:
         """Whether the stage began with adapters that change nothing: every B zero, no DoRA magnitudes."""
-        b = [v for k, v in self.start.items() if k.endswith("lora_b")]
-        return not any(k.endswith(".m") for k in self.start) and not any(mx.any(v).item() for v in b)
+        if self._starts_at_base is None:
+            b = [mx.any(v) for k, v in self.start.items() if k.endswith("lora_b")]
+            magnitudes = any(k.endswith(".m") for k in self.start)
+            self._starts_at_base = not magnitudes and not (b and mx.any(mx.stack(b)).item())
+        return self._starts_at_base
 
     # ------------------------------------------------------------------ facts
 

@@ -314,12 +314,12 @@ def test_the_tables_of_the_pages_are_made_from_the_data(capsys: pytest.CaptureFi
 
 
 def test_numbers_name_the_best_peer_of_each_kind():
-    run = {"mlx-realign": (2.0, 1.5), "quick": (3.0, 4.0), "lean": (5.0, 1.2)}
-    contestants = {label: {"seconds": s, "maxrss_gb": gb} for label, (s, gb) in run.items()}
+    run = {"mlx-realign": (2.0, 1.5, 1.1), "quick": (3.0, 4.0, None), "lean": (5.0, 1.2, 0.9), "slow": (9.0, 3.0, 2.0)}
+    contestants = {label: {"seconds": s, "maxrss_gb": gb, "mlx_peak_gb": own} for label, (s, gb, own) in run.items()}
     machine = {"processor": "Some CPU", "cores": 2, "system": "linux"}
     found = {"cases": {"dpo": {"about": "DPO", "contestants": contestants}}, "machine": machine, "rounds": 2}
     text = TABLES["peers"](found | {"model": "M", "versions": {"quick": "1.0"}})
-    assert "| DPO | 2.00 | 3.00 (quick) | 1.50 | 1.50 | 1.20 (lean) |" in text
+    assert "| DPO | 2.00 | 5.00, 2.50x (lean) | 3.00, 1.50x (quick) | 1.50 | 1.20, 0.80x (lean) |" in text
     result = {"method": "dpo", "goal": "polite", "changes": "a voice", "seconds": 20.4}
     text = TABLES["demo"]([result | {"before": {"polite": 0.1}, "after": {"polite": 0.95}}])
     assert "| dpo | polite: a voice | 10% | 95% | 20 |" in text
