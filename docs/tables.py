@@ -41,8 +41,9 @@ def backends(data: dict[str, Any]) -> str:
 
 
 def peers(found: dict[str, Any]) -> str:
-    """One row per case: our seconds and those of the fastest peers, over ours; our peak memory and the leanest peer's."""
-    head = ["seconds of a step (epoch: of it all)", "ours", "fastest in MLX", "fastest of all", "peak GB, ours", "leanest"]
+    """One row per case: our seconds and those of the fastest peers; our peak memory and the leanest peer's."""
+    head = ["seconds of a step (epoch: of it all)", "ours", "fastest in MLX", "fastest of all"]
+    head += ["peak GB, ours", "leanest"]
     lines = [row(*head), row(*["---"] * len(head))]
     for case in found["cases"].values():
         ours = case["contestants"][OURS]
