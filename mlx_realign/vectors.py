@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from . import directions, fingerprint
+from .adapter_targets import blocks_of
 from .errors import UserError
 
 if TYPE_CHECKING:
@@ -170,16 +171,14 @@ def save(direction: Direction, path: str | Path) -> None:
         raise UserError(f"{path}: a direction is kept in a file that ends in .safetensors")
     tensors = {f"{VECTOR}{block}": vector for block, vector in direction.vectors.items()}
     tensors |= {f"{BASELINE}{block}": vector for block, vector in direction.baseline.items()}
-    norms = {str(block): norm for block, norm in direction.median_norm.items()}
-    header = dataclasses.asdict(direction.about) | {"median_norm": norms}
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.part")
-    save_file(tensors, part, metadata={HEADER: json.dumps(header)})
+    save_file(tensors, part, metadata={HEADER: header(direction)})
     os.replace(part, path)
 
 
 def load(path: str | Path, *, policy: "Policy | None" = None, force: bool = False) -> Direction:
-    """Read a file of `save`, or a GGUF control vector; with `policy` it must fit that model.
+    """Read a file of `save`, or a GGUF control vector; with `policy`, it must fit that model.
 
     UserError for a file that is none or is broken, for a site or a convention that this version does not know, and for
     a model of another width, with fewer blocks or (unless `force`) with other weights.
@@ -200,7 +199,7 @@ def check(direction: Direction, policy: "Policy", name: str, *, force: bool = Fa
     """UserError, which begins with `name`, where a direction does not fit a model. force: other weights are allowed."""
     about, model = direction.about, policy.model
     made = f"{name}: made on {about.base_model or 'another model'}, and {policy.name}"
-    count, whole = len(model.layers), policy.body.whole  # shapes of a forward pass that is never computed
+    count, whole = len(blocks_of(model)), policy.body.whole  # shapes of a forward pass that is never computed
     width = policy.config.get("hidden_size") if whole else policy.body.hidden(mx.array([[0]])).shape[-1]
     if width not in (None, direction.width):
         raise UserError(f"{made} is {width} wide, not {direction.width}. Extract the direction on {policy.name}.")
@@ -235,29 +234,42 @@ def _read(path: Path) -> Direction:
         raise UserError(f"{path}: not a complete safetensors file ({error}). Copy or extract it again.") from None
     if text is None:
         raise UserError(f"{path}: not a direction: its header has no {HEADER}. Extract one, or name a .gguf file.")
+    return assemble(path, text, tensors)
+
+
+def header(direction: Direction) -> str:
+    """What a file says beside its vectors, JSON."""
+    norms = {str(block): norm for block, norm in direction.median_norm.items()}
+    return json.dumps(dataclasses.asdict(direction.about) | {"median_norm": norms})
+
+
+def assemble(path: Path, text: str, tensors: Mapping[str, np.ndarray]) -> Direction:
+    """The direction that a file holds, from its `header` and its tensors."""
     try:
-        header = json.loads(text)
-        norms = header.pop("median_norm", {})
-        about = _about(path, header)
-        found = {kind: _by_block(tensors, kind) for kind in (VECTOR, BASELINE)}
+        fields = json.loads(text)
+        norms = fields.pop("median_norm", {})
+        about = _about(path, fields)
+        found = {kind: by_block(tensors, kind) for kind in (VECTOR, BASELINE)}
         return Direction(found[VECTOR], about, found[BASELINE], {int(block): norm for block, norm in norms.items()})
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise UserError(f"{path}: its header or tensors are broken ({error}). Extract the direction again.") from None
 
 
-def _about(path: Path, header: dict[str, Any]) -> About:
+def _about(path: Path, fields: dict[str, Any]) -> About:
     """The header as About; UserError for what this version would get wrong."""
-    if header.get("version") != VERSION:
-        raise UserError(f"{path}: format version {header.get('version')}, and {VERSION} is read here. Update mlx-realign.")
-    if unknown := header.keys() - {f.name for f in dataclasses.fields(About)}:
+    version = fields.get("version")
+    if version != VERSION:
+        raise UserError(f"{path}: its format is version {version}, and {VERSION} is read here. Update mlx-realign.")
+    if unknown := fields.keys() - {f.name for f in dataclasses.fields(About)}:
         raise UserError(f"{path}: its header has an unknown field {min(unknown)!r}. Update mlx-realign.")
     for name, known in (("site", SITE), ("convention", CONVENTION)):
-        if header.get(name) != known:
-            raise UserError(f"{path}: its {name} is {header.get(name)!r}, only {known!r} can be used. Extract it again.")
-    tuples = {name: tuple(int(x) for x in header[name]) for name in ("blocks", "template_prefix")}
-    return About(**header | tuples)
+        if fields.get(name) != known:
+            raise UserError(f"{path}: its {name} is {fields.get(name)!r}, only {known!r} can be used. Extract anew.")
+    tuples = {name: tuple(int(x) for x in fields[name]) for name in ("blocks", "template_prefix")}
+    return About(**fields | tuples)
 
 
-def _by_block(tensors: dict[str, np.ndarray], kind: str) -> dict[int, np.ndarray]:
+def by_block(tensors: Mapping[str, np.ndarray], kind: str) -> dict[int, np.ndarray]:
+    """Block -> tensor, of the tensors whose name begins with `kind`."""
     return {int(name[len(kind) :]): value for name, value in tensors.items() if name.startswith(kind)}
 
