@@ -211,7 +211,7 @@ def _try(
         found[path] = (False, None)
         if moved[path] and (gain := _gain(answers, bench.tolerance)) is not None:
             normed = np.linalg.norm(threefold[block]) < 2 * np.linalg.norm(first[block])
-            plain = not normed and np.abs(gain - 1).max() < 4 * bench.tolerance
+            plain = not normed and np.abs(gain - 1).max() < bench.tolerance / 5
             found[path] = True, None if plain else _exactly(bench, block, gain)
     return found
 
@@ -230,7 +230,7 @@ def _gain(answers: np.ndarray, tolerance: float) -> np.ndarray | None:
 def _exactly(bench: _Bench, block: int, gain: np.ndarray) -> np.ndarray | None:
     """The gain without the rounding of the stream: that of a norm of the block, where one has it; None where it is 1."""
     modules = dict(bench.model.named_modules())
-    signs, best = bench.signs[0], (4 * bench.tolerance, gain)
+    signs, best = bench.signs[0], (bench.tolerance, gain)
     for path, module in modules.items():
         weight = module.get("weight")
         if not path.startswith(bench.blocks[block] + ".") or weight is None or weight.shape != (bench.width,):
@@ -238,7 +238,7 @@ def _exactly(bench: _Bench, block: int, gain: np.ndarray) -> np.ndarray | None:
         applied: Any = module
         own = np.array(applied(signs[None, None])[0, 0].astype(mx.float32) * signs).astype(np.float64)
         own = own / max(float(np.sqrt((own**2).mean())), 1e-30)
-        difference = float(np.abs(own - gain).max())
+        difference = float(np.sqrt(((own - gain) ** 2).mean()))
         best = min(best, (difference, own), key=lambda pair: pair[0])
     found = best[1]
     return None if np.ptp(found) < 1e-6 else found
