@@ -78,7 +78,7 @@ def test_prompts_of_one_file(tmp_path):
         ([{"prompt": "a"}, {"text": "b"}], ["b"], "a.jsonl:2: has no 'prompt'"),
         ([{"prompt": ""}], ["b"], "a.jsonl:1: 'prompt' is empty"),
         ([{"prompt": 3}], ["b"], "a.jsonl:1: 'prompt' must be a string"),
-        ([[1]], ["b"], "a.jsonl:1: a row must be a JSON object"),
+        ([1], ["b"], "a.jsonl:1: a row must be a JSON object"),
         ([{"prompt": "a"}], ["", " "], "b.txt: holds no prompt"),
         ([], ["b"], "a.jsonl: holds no prompt"),
         ([{"prompt": "a"}], ["c", "a"], "b.txt:2: stands in the positive set as well"),
