@@ -11,9 +11,8 @@ from typing import Any
 
 import mlx.core as mx
 import numpy as np
-from mlx_lm.models.cache import make_prompt_cache
 
-from .forward import PromptRecorder
+from .forward import record, windows
 from .kernels.grouped_attention import Groups, fused
 from .policy import Policy
 from .sampling import Sampling, pick
@@ -30,6 +29,7 @@ class Row:
     group: int  # rows of one group share their prompt's keys and values
     uniform: np.ndarray  # float32 [max_new_tokens]
     tag: Any = None  # the caller's
+    variant: int = 0  # the configuration that taps on the model apply to it; one for all rows of a group
     tokens: list[int] = field(default_factory=list)
     logps: list[float] = field(default_factory=list)
     done: bool = False
@@ -52,12 +52,13 @@ class Board:
     def begin(self) -> None:
         """Before each step: positions, and no masks yet."""
         ahead = self.width - self.pad[self.row_prompt]
-        self.offset = mx.array(ahead + self.held)
+        self.offset, self.last_prompt = mx.array(ahead + self.held), mx.array(ahead)
         self.masks: dict[int | None, mx.array | None] = {}
 
     def arrange(self, rows: list[Row], groups: list[int], pad: np.ndarray) -> None:
         """Set rows and prompts; groups: the group of each prompt."""
         self.rows, self.pad = rows, pad
+        self.variant = mx.array([row.variant for row in rows], mx.int32)
         self.row_prompt = np.array([groups.index(row.group) for row in rows], np.int32)
         most = int(np.bincount(self.row_prompt, minlength=1).max()) if rows else 0
         members, place = np.zeros((len(groups), most), np.int32), np.zeros(len(rows), np.int32)
@@ -104,6 +105,16 @@ class GroupCache:
         """int32 [B]: position of the token being computed."""
         return self.board.offset
 
+    @property
+    def last_prompt(self) -> mx.array:
+        """int32 [B]: position of the last token of the prompt."""
+        return self.board.last_prompt
+
+    @property
+    def variant(self) -> mx.array:
+        """int32 [B]: the configuration of each row."""
+        return self.board.variant
+
     def reserve(self) -> None:
         """Room for one more column; by doubling, so that shapes change seldom."""
         held = self.own[0].shape[2] if self.own else 0
@@ -144,7 +155,7 @@ class Decoder:
     def __init__(self, policy: Policy, sampling: Sampling) -> None:
         self.policy, self.sampling, self.board = policy, sampling, Board()
         self.board.grouped = grouped(policy)
-        self.caches = [GroupCache(self.board, _window(entry)) for entry in make_prompt_cache(policy.model)]
+        self.caches = [GroupCache(self.board, window) for window in windows(policy.model)]
         self.seen: mx.array | None = None
         self.compiled = mx.compile(self._compute, inputs=[policy.model.state]) if policy.compiled else None
 
@@ -160,8 +171,8 @@ class Decoder:
         groups = list(dict.fromkeys(row.group for row in kept))
         prompts = [int(board.row_prompt[at[[row.group for row in kept].index(g)]]) for g in groups]
         held = board.held[at] if at else np.zeros(0, np.int32)
-        fresh = {row.group: row.prompt for row in new}
-        width = max([board.width if kept else 0, *(max(len(p) - 1, 1) for p in fresh.values())])
+        fresh = {row.group: row for row in new}
+        width = max([board.width if kept else 0, *(max(len(row.prompt) - 1, 1) for row in fresh.values())])
         pad = [int(board.pad[p]) + width - board.width for p in prompts]
         made = self._prefill(list(fresh.values()), width) if fresh else []
         rows, column = mx.array(at, mx.int32), int(held.max(initial=0))
@@ -174,7 +185,7 @@ class Decoder:
         mx.eval([(cache.prompt, cache.own) for cache in self.caches])
         board.width, board.column = width, column
         board.held = np.concatenate([held, np.zeros(len(new), np.int32)])
-        pad += [width - (len(p) - 1) for p in fresh.values()]
+        pad += [width - (len(row.prompt) - 1) for row in fresh.values()]
         board.arrange([*kept, *new], [*groups, *fresh], np.array(pad, np.int32))
         if self.sampling.repetition_penalty != 1:
             self.seen = mx.array(np.stack([self._had(row) for row in board.rows]))
@@ -209,7 +220,8 @@ class Decoder:
         windows = sorted(self.board.asked, key=str)
         masks = [mx.array(board.sees(window, columns)[:, None, None]) for window in windows]
         kept = [(cache.prompt, cache.own) for cache in self.caches]
-        arrays = (last, uniform, self.seen, mx.array([board.column]), board.offset, masks, kept, board.groups[:3])
+        where = board.offset, board.last_prompt, board.variant
+        arrays = (last, uniform, self.seen, mx.array([board.column]), where, masks, kept, board.groups[:3])
         tokens, logps, self.seen, owns = self.compiled(arrays)  # type: ignore[misc]
         for cache, (prompt, _), own in zip(self.caches, kept, owns, strict=True):
             cache.prompt, cache.own = prompt, tuple(own)
@@ -217,10 +229,12 @@ class Decoder:
 
     def _compute(self, arrays: tuple[Any, ...]) -> tuple[Any, ...]:
         """What is compiled: the board and the caches hold its arguments while it is traced."""
-        last, uniform, seen, at, offset, masks, kept, groups = arrays
-        board, before, was = self.board, self.board.groups, self.board.offset
+        last, uniform, seen, at, where, masks, kept, groups = arrays
+        board, before = self.board, self.board.groups
+        was = board.offset, board.last_prompt, board.variant
         windows = sorted(self.board.asked, key=str)
-        self.seen, board.at, board.offset = seen, at, offset
+        self.seen, board.at = seen, at
+        board.offset, board.last_prompt, board.variant = where
         board.masks, board.groups = (
             dict(zip(windows, masks, strict=True)),
             before._replace(row_prompt=groups[0], members=groups[1], place=groups[2]),
@@ -229,21 +243,22 @@ class Decoder:
             cache.prompt, cache.own = tuple(prompt), tuple(own)
         tokens, logps = self._next(last, uniform)
         found = tokens, logps, self.seen, [list(cache.own) for cache in self.caches]
-        board.at, board.groups, board.offset = None, before, was
+        board.at, board.groups = None, before
+        board.offset, board.last_prompt, board.variant = was
         return found
 
-    def _prefill(self, prompts: list[np.ndarray], width: int) -> list[list[mx.array]]:
+    def _prefill(self, rows: list[Row], width: int) -> list[list[mx.array]]:
         """Per layer keys and values [P, Hkv, width, D] of prompts without their last tokens, evaluated."""
         at_once = max(1, PREFILL_TOKENS // width)
         parts = []
-        for start in range(0, len(prompts), at_once):
-            some = prompts[start : start + at_once]
+        for start in range(0, len(rows), at_once):
+            some = rows[start : start + at_once]
             tokens, pad = np.zeros((len(some), width), np.int32), np.zeros(len(some), np.int32)
-            for i, prompt in enumerate(some):
-                pad[i] = width - (len(prompt) - 1)
-                tokens[i, pad[i] :] = prompt[:-1]
-            entries = make_prompt_cache(self.policy.model)
-            recorders = [PromptRecorder(mx.array(pad), _window(entry)) for entry in entries]
+            for i, row in enumerate(some):
+                pad[i] = width - (len(row.prompt) - 1)
+                tokens[i, pad[i] :] = row.prompt[:-1]
+            variant = mx.array([row.variant for row in some], mx.int32)
+            recorders = record(self.policy.model, mx.array(pad), width, variant)
             self.policy.body.hidden(mx.array(tokens), recorders)
             parts.append([list(recorder.kv) for recorder in recorders])
             mx.eval(parts[-1])
@@ -266,8 +281,8 @@ def grouped(policy: Policy) -> bool:
     """Whether this model's attention goes through the function that lets rows share a prompt; found out once."""
     if policy.groups_rows is None:
         board, model = Board(), policy.model
-        caches = [GroupCache(board, _window(entry)) for entry in make_prompt_cache(model)]
-        recorders = [PromptRecorder(mx.array([0]), _window(entry)) for entry in make_prompt_cache(model)]
+        caches = [GroupCache(board, window) for window in windows(model)]
+        recorders = record(model, mx.array([0]), 2)
         policy.body.hidden(mx.array([[1, 2]]), recorders)
         for cache, recorder in zip(caches, recorders, strict=True):
             cache.prompt = recorder.kv
@@ -279,8 +294,3 @@ def grouped(policy: Policy) -> bool:
         policy.body.hidden(mx.array([[3]]), caches)
         policy.groups_rows = all(cache.attended for cache in caches)
     return policy.groups_rows
-
-
-def _window(entry: Any) -> int | None:
-    """Of a sliding attention layer's cache."""
-    return getattr(entry, "max_size", None)

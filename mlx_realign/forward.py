@@ -14,7 +14,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.cache import KVCache, RotatingKVCache, make_prompt_cache
 
-from . import balance
+from . import balance, taps
 from .batch import Batch
 
 Hidden = Callable[..., mx.array]  # (tokens, cache=None) -> hidden states [rows, columns, D]
@@ -29,6 +29,9 @@ class States(NamedTuple):
 
 class PromptRecorder:
     """Cache of one layer while the prompts are computed: keeps keys and values as they come, graph and all."""
+
+    variant: mx.array | None = None  # int32 [P]: the configuration of each row that taps ask for
+    last_prompt: mx.array | None = None  # int32 [P]: position of each prompt's last token, which comes after these
 
     def __init__(self, pad: mx.array, window: int | None) -> None:
         self.pad, self.window, self.offset = pad, window, -pad
@@ -49,7 +52,8 @@ class PromptReader:
         self.kv = tuple(x[rows] for x in recorder.kv)
         self.prefix = recorder.kv[0].shape[2]
         self.pad, self.window = recorder.pad[rows], recorder.window
-        self.offset = self.prefix - self.pad
+        self.offset = self.last_prompt = self.prefix - self.pad
+        self.variant = None if recorder.variant is None else recorder.variant[rows]
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
         return mx.concatenate([self.kv[0], keys], 2), mx.concatenate([self.kv[1], values], 2)
@@ -79,13 +83,26 @@ def shareable(model: nn.Module) -> str | None:
     return None
 
 
+def windows(model: nn.Module) -> list[int | None]:
+    """Of each layer's attention: how many tokens it looks back, None without a limit."""
+    return [getattr(entry, "max_size", None) for entry in make_prompt_cache(model)]
+
+
+def record(model: nn.Module, pad: mx.array, width: int, variant: mx.array | None = None) -> list[PromptRecorder]:
+    """Recorders for prompts without their last tokens: `width` columns, of which pad int32 [P] are empty."""
+    recorders = [PromptRecorder(pad, window) for window in windows(model)]
+    for recorder in recorders:
+        recorder.last_prompt, recorder.variant = width - pad, variant
+    return recorders
+
+
 def shared(model: nn.Module, hidden: Hidden, batch: Batch) -> States:
     """With every prompt computed once."""
     prompt, completion = batch.prompt, batch.completion
     if prompt.shape[1] < 2:  # at least one prompt column: the recorder's keys must exist
         prompt = mx.pad(prompt, [(0, 0), (1, 0)])
     pad = batch.prompt_pad + (prompt.shape[1] - batch.prompt.shape[1])
-    recorders = [PromptRecorder(pad, getattr(entry, "max_size", None)) for entry in make_prompt_cache(model)]
+    recorders = record(model, pad, prompt.shape[1] - 1)
     ahead = hidden(prompt[:, :-1], recorders)[:, prompt.shape[1] - batch.prompt.shape[1] :]
     readers = [PromptReader(recorder, batch.row_prompt) for recorder in recorders]
     tokens = mx.concatenate([prompt[:, -1][batch.row_prompt][:, None], completion[:, :-1]], 1)
@@ -99,7 +116,8 @@ def plain(model: nn.Module, hidden: Hidden, batch: Batch) -> States:
     length = batch.completion.shape[1]
     joined = mx.concatenate([batch.prompt[batch.row_prompt], batch.completion, mx.zeros((rows, width), mx.int32)], 1)
     columns = mx.arange(width + length - 1)[None] + pad  # drop the left pad: rows start at their first token
-    states = hidden(mx.take_along_axis(joined, columns, 1))
+    with taps.tell(last_prompt=width - 1 - pad[:, 0]):
+        states = hidden(mx.take_along_axis(joined, columns, 1))
     wanted = mx.arange(length)[None] + (width - 1 - pad)
     first = mx.argmax(batch.row_prompt[None] == mx.arange(batch.prompt.shape[0])[:, None], 1)  # a row of each prompt
     ahead = mx.maximum(mx.arange(width - 1)[None] - pad[first], 0)

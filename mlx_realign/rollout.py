@@ -16,6 +16,7 @@ from mlx_lm.sample_utils import make_logits_processors, make_sampler
 
 from . import blas, data
 from .decoding import Decoder, Row
+from .errors import UserError
 from .policy import Policy
 from .sampling import Sampling, numbers
 from .workers import cores
@@ -41,16 +42,20 @@ def rollout(
     group_size: int = 1,
     seed: int = 0,
     rows: int = 64,
+    variants: Sequence[int] | None = None,
 ) -> list[list[Generated]]:
     """group_size completions of each prompt (token ids, not empty); at most `rows` of them are made at a time.
 
     The same seed gives the same text again; a completion's random numbers belong to its place (prompt, member).
+    variants: for each prompt the configuration that taps on the model (steering, say) apply to it.
     """
     blas.set_threads(1 if policy.parameters < SMALL else cores())
     try:
         asked = policy, [np.array(p, np.int32) for p in prompts], sampling, group_size, seed
         if policy.sharing:
-            return _shared(*asked, rows)
+            return _shared(*asked, rows, variants or [0] * len(prompts))
+        if variants and any(variants):
+            raise UserError(f"--model {policy.name}: its prompts cannot be shared, so rows of a batch cannot differ")
         try:
             return _alone(*asked, rows)
         except ValueError:  # a model that takes no batch of unequal prompts, gemma2 for one
@@ -79,7 +84,13 @@ def complete(
 
 
 def _shared(
-    policy: Policy, prompts: list[np.ndarray], sampling: Sampling, group_size: int, seed: int, rows: int
+    policy: Policy,
+    prompts: list[np.ndarray],
+    sampling: Sampling,
+    group_size: int,
+    seed: int,
+    rows: int,
+    variants: Sequence[int],
 ) -> list[list[Generated]]:
     ends, decoder = _ends(policy), Decoder(policy, sampling)
     waiting: deque[list[Row]] = deque()  # a group at a time; one larger than the batch in pieces
@@ -87,7 +98,7 @@ def _shared(
         for start in range(0, group_size, rows):
             members = range(start, min(start + rows, group_size))
             draw = lambda member, i=i: numbers((seed, i, member), sampling.max_new_tokens)  # noqa: E731
-            waiting.append([Row(prompt, len(waiting), draw(m), tag=(i, m)) for m in members])
+            waiting.append([Row(prompt, len(waiting), draw(m), (i, m), variants[i]) for m in members])
     found: dict[tuple[int, int], Generated] = {}
     while waiting or not all(row.done for row in decoder.rows):
         live = [row for row in decoder.rows if not row.done]

@@ -13,13 +13,15 @@ import os
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, TypeVar
 
 import mlx.core as mx
 import numpy as np
 
 from . import blas
 from .batch import Batch
+
+Part = TypeVar("Part")
 
 _own = threading.local()
 
@@ -47,18 +49,21 @@ class Workers:
 
     def map(self, batch: Batch, build: Callable[[Batch], Any]) -> list[Any]:
         """`build` makes arrays (lazily) from a part of the batch; one result per part, all evaluated."""
+        return self.each([batch] if self.pool is None else split(batch, self.count), build)
+
+    def each(self, parts: list[Part], build: Callable[[Part], Any]) -> list[Any]:
+        """As `map`, of parts that are cut already."""
         if self.pool is None:
-            built = build(batch)
+            built = [build(part) for part in parts]
             mx.eval(built)
-            return [built]
-        parts = split(batch, self.count)
+            return built
         blas.set_threads(max(1, self.count // len(parts)))
         try:
             return [future.result() for future in [self.pool.submit(self._run, part, build) for part in parts]]
         finally:
             blas.set_threads(self.count)
 
-    def _run(self, part: Batch, build: Callable[[Batch], Any]) -> Any:
+    def _run(self, part: Part, build: Callable[[Part], Any]) -> Any:
         if not hasattr(_own, "stream"):
             _own.stream = mx.new_stream(mx.cpu)
         with mx.stream(_own.stream):

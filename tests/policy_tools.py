@@ -82,6 +82,22 @@ def make_policy(model: nn.Module | str, *, moved: bool = True, workers: int = 1,
     return policy
 
 
+class Numbers:
+    """A tokenizer whose text is the ids; tests that use it say what ends a completion themselves."""
+
+    eos_token_ids = {0, 11}
+    decode = staticmethod(lambda ids: " ".join(map(str, ids)))
+
+
+def speaking(monkeypatch: Any, arch: str, **options: Any) -> Policy:
+    """A policy that can generate."""
+    policy = make_policy(arch, **options)
+    policy.sharing = arch in SHARING
+    policy.tokenizer = Numbers()  # pyright: ignore[reportAttributeAccessIssue]
+    monkeypatch.setattr(data, "stop_ids", lambda _: {0})
+    return policy
+
+
 def make_examples(shapes: list[tuple[int, list[int]]], seed: int = 0) -> list[Example]:
     """One example per (prompt length, completion lengths); long ones have an untrained token, their third."""
     rng = np.random.default_rng(seed)

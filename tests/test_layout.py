@@ -20,8 +20,10 @@ PYTHON_FILES = sorted([*PACKAGE_FILES, *(ROOT / "tests").rglob("*.py"), *(ROOT /
 LAYERS = [
     {"errors", "blas", "batch", "flags", "workers"},
     {"kernels"},
-    {"config", "losses", "advantages", "policy_gradient", "policy_terms", "sampling", "directions", "adapter"},
-    {"loading", "head", "balance", "forward", "policy", "decoding", "rollout", "verifiers", "data"},
+    {"config", "losses", "advantages", "policy_gradient", "policy_terms", "sampling", "directions", "steerability"}
+    | {"adapter", "fingerprint"},
+    {"loading", "head", "balance", "taps", "forward", "policy", "decoding", "rollout", "capture", "writers"}
+    | {"vectors", "gguf_vectors", "verifiers", "data"},
     {"methods", "preference", "steering", "ablation"},
 ]
 MLX_LM_USERS = {"policy", "loading", "forward", "decoding", "rollout", "adapter", "data", "generate", "kernels"}

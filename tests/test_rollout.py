@@ -6,7 +6,7 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 import pytest
-from policy_tools import ALL, SHARING, make_policy
+from policy_tools import ALL, speaking
 
 from mlx_realign import adapter, data, rollout
 from mlx_realign.batch import Completion, Example
@@ -15,13 +15,6 @@ from mlx_realign.sampling import Sampling
 
 PROMPTS = ["Hi", "Tell me about the garden.", "Add 27 and 35, please, and then say so.", "?"]
 TOKENS = [[3], [5, 9, 2, 7, 7, 1, 30, 12, 14, 8, 25], [4, 8, 15, 16, 23], [6, 2]]  # one longer than any window
-
-
-class Numbers:
-    """A tokenizer whose text is the ids."""
-
-    eos_token_ids = {0, 11}
-    decode = staticmethod(lambda ids: " ".join(map(str, ids)))
 
 
 @pytest.fixture(scope="module")
@@ -44,12 +37,7 @@ def alone(policy: Policy, prompt: str, count: int) -> str:
 @pytest.fixture(params=ALL)
 def any_policy(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Policy:
     """A tiny random model of each kind, its adapter moved away from zero, with a tokenizer of numbers."""
-    found = make_policy(request.param)
-    found.sharing = request.param in SHARING
-
-    found.tokenizer = Numbers()  # type: ignore[assignment]
-    monkeypatch.setattr(data, "stop_ids", lambda _: {0})
-    return found
+    return speaking(monkeypatch, request.param)
 
 
 @pytest.mark.parametrize("batch_size", [2, 64])
@@ -107,13 +95,11 @@ def test_a_model_whose_attention_cannot_be_grouped_generates_the_same(any_policy
 
 @pytest.mark.parametrize(("arch", "penalty"), [("llama", 1.3), ("gpt_oss", 1.0)])  # the latter: windows, sinks, experts
 def test_a_compiled_step_gives_the_same(arch, penalty, monkeypatch):
-    policies = make_policy(arch), make_policy(arch)
+    policies = speaking(monkeypatch, arch), speaking(monkeypatch, arch)
     policies[1].compile()
     asked = Sampling(max_new_tokens=70, repetition_penalty=penalty)  # the room for own keys grows on the way
     found = []
     for policy in policies:
-        policy.tokenizer = Numbers()  # type: ignore[assignment]
-        monkeypatch.setattr(data, "stop_ids", lambda _: {0})
         found.append(sum(rollout.rollout(policy, TOKENS, asked, group_size=2, seed=3, rows=5), []))
     assert max(len(one.tokens) for one in found[0]) > 64
     for a, b in zip(*found, strict=True):

@@ -1,0 +1,168 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Functions behind the modules of a model: they see what a decoder block or a layer in it gives, and may change it.
+
+A module's class is swapped for a subclass, so parameter paths stay and taking a tap off restores the model exactly, in
+any order. A tap that computes with numbers of its own reads them from a holder (`hold`) whenever it is called: holders
+are part of `model.state`, so a compiled step sees a change without a new trace.
+"""
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from .adapter_targets import blocks_of
+from .errors import UserError
+
+HELD = "_held"  # key of the model under which holders live; the underscore keeps them out of its parameters
+
+
+class Place(NamedTuple):
+    """Where in a text a decoder block is being computed."""
+
+    cache: Any  # the block's, or None
+    start: Any  # position of the first column: int, or int32 [B]; None where the cache does not say
+    told: dict[str, mx.array | None]  # by whoever runs the model without a cache of ours; see `tell`
+
+    def positions(self, columns: int) -> mx.array:
+        """int32 [1 or B, columns]: place of each column in its text, the first token at 0; padding is below 0."""
+        if self.start is None:
+            kind = type(self.cache).__name__
+            raise UserError(f"positions cannot be known in this model: its cache ({kind}) counts no tokens; use `all`")
+        start = mx.array(self.start, mx.int32).reshape(-1, 1)
+        return start + mx.arange(columns, dtype=mx.int32)[None]
+
+    def last_prompt(self) -> mx.array | None:
+        """int32 [1 or B]: position of the last prompt token of each row; None where nobody knows."""
+        known = getattr(self.cache, "last_prompt", None)
+        return self.told.get("last_prompt") if known is None else known
+
+    def variant(self) -> mx.array | None:
+        """int32 [1 or B]: which configuration each row wants; None: the first for all."""
+        known = getattr(self.cache, "variant", None)
+        return self.told.get("variant") if known is None else known
+
+
+Tap = Callable[[mx.array, Place], mx.array]  # ([B, T, D] as the module gave it, where) -> what goes on instead
+
+NOWHERE = Place(None, 0, {})
+
+
+class _Now(threading.local):
+    place: Place = NOWHERE
+    told: dict[str, mx.array | None] = {}
+
+
+_now = _Now()
+
+
+@contextmanager
+def tell(*, variant: mx.array | None = None, last_prompt: mx.array | None = None) -> Iterator[None]:
+    """Inside, models that run without caches of ours know each row's configuration and last prompt token.
+
+    Both int32 [B], or [1] for all rows. Not for compiled functions: these would keep what they were told first.
+    """
+    before = _now.told
+    _now.told = {"variant": variant, "last_prompt": last_prompt}
+    try:
+        yield
+    finally:
+        _now.told = before
+
+
+class Handle:
+    """A tap that is on; `remove` takes it off, in any order with others."""
+
+    def __init__(self, places: list[tuple[Any, str, Tap]]) -> None:
+        self.places = places
+
+    def remove(self) -> None:
+        """Take it off; twice does nothing."""
+        for module, kind, tap in self.places:
+            taps = module._taps[kind]
+            taps[:] = [one for one in taps if one is not tap]
+            tapped = hasattr(type(module), "tapped_by_taps")
+            if tapped and not any(module._taps.values()):
+                object.__delattr__(module, "_taps")
+                module.__class__ = type(module).tapped_by_taps
+        self.places = []
+
+
+def put(model: nn.Module, path: str, tap: Tap, *, before: bool = False) -> Handle:
+    """Call `tap` on what the module at `path` gives: a decoder block or any module inside one.
+
+    before: on what the block reads instead. Raises UserError for a path that is not there, or outside the blocks.
+    """
+    modules: dict[str, Any] = dict(model.named_modules())
+    block = next((b for b in blocks_of(model) if path == b or path.startswith(b + ".")), None)
+    if path not in modules or block is None:
+        raise UserError(f"{path}: the model has no such block, and no such layer in a block")
+    if before and path != block:
+        raise UserError(f"{path}: only what a whole block reads can be tapped")
+    places = [(modules[path], "before" if before else "after", tap)]
+    if path != block:  # the block says where in the text its layers are
+        places.append((modules[block], "inside", tap))
+    for module, kind, _ in places:
+        if not hasattr(type(module), "tapped_by_taps"):
+            object.__setattr__(module, "_taps", {"before": [], "after": [], "inside": []})
+            module.__class__ = _tapped(type(module), is_block=module is modules[block])
+        module._taps[kind].append(tap)
+    return Handle(places)
+
+
+def blocks(model: nn.Module) -> list[str]:
+    """Paths of the decoder blocks, in order."""
+    return blocks_of(model)
+
+
+def hold(model: nn.Module, arrays: dict[str, mx.array]) -> nn.Module:
+    """A holder of arrays for taps, part of `model.state` until `release`; neither trained nor saved."""
+    holder = nn.Module()
+    for name, array in arrays.items():
+        holder[name] = array
+    model.setdefault(HELD, {})[f"h{id(holder)}"] = holder
+    return holder
+
+
+def release(model: nn.Module, holder: nn.Module) -> None:
+    """Let go of a holder; twice does nothing."""
+    held = model.get(HELD, {})
+    held.pop(f"h{id(holder)}", None)
+    if not held:
+        model.pop(HELD, None)
+
+
+def _tapped(base: type, is_block: bool) -> type:
+    def block(self: Any, x: mx.array, *args: Any, **kwargs: Any) -> Any:
+        outer, _now.place = _now.place, _place(args, kwargs)
+        try:
+            place = _now.place
+            for tap in tuple(self._taps["before"]):
+                x = tap(x, place)
+            return _through(self._taps["after"], base.__call__(self, x, *args, **kwargs), place)
+        finally:
+            _now.place = outer
+
+    def layer(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return _through(self._taps["after"], base.__call__(self, *args, **kwargs), _now.place)
+
+    return type(base.__name__, (base,), {"tapped_by_taps": base, "__call__": block if is_block else layer})
+
+
+def _through(taps: list[Tap], out: Any, place: Place) -> Any:
+    """Some modules give more than one thing; the first is what is added to the stream."""
+    x, *rest = out if isinstance(out, tuple) else (out,)
+    for tap in tuple(taps):
+        x = tap(x, place)
+    return (x, *rest) if isinstance(out, tuple) else x
+
+
+def _place(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Place:
+    """Before the block runs: stock caches count its columns while it does."""
+    is_cache = lambda x: hasattr(x, "update_and_fetch") or hasattr(x, "state")  # noqa: E731
+    cache = kwargs.get("cache", next((arg for arg in args if is_cache(arg)), None))
+    start = 0 if cache is None else getattr(cache, "offset", None)
+    return Place(cache, start + 0 if isinstance(start, mx.array) else start, _now.told)  # it is counted up in place
