@@ -1,0 +1,138 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Trials of which no other is better in everything: the front, which of them to take, a table and a plot."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from rich.table import Table
+
+from ..errors import UserError
+from .kernel import Kernel
+from .scorers import Asked, Scorer
+
+
+class Trial(NamedTuple):
+    """One kernel and what it was found to do."""
+
+    number: int
+    kernel: Kernel
+    scores: tuple[float, ...]  # by scorer, small is good; of a pruned trial bounds from below
+    pruned: bool = False  # left early, being certain not to reach the front
+
+
+def dominates(one: Sequence[float], other: Sequence[float]) -> bool:
+    """Whether one is nowhere worse than the other and somewhere better."""
+    return all(a <= b for a, b in zip(one, other, strict=True)) and any(a < b for a, b in zip(one, other, strict=True))
+
+
+def front(trials: Sequence[Trial], scorers: Sequence[Scorer]) -> list[Trial]:
+    """Trials that no other dominates, by the first score; of several with equal scores the first tried."""
+    whole = [(coarse(trial.scores, scorers), trial) for trial in trials if not trial.pruned]
+    found: dict[tuple[float, ...], Trial] = {}
+    for scores, trial in sorted(whole, key=lambda pair: (pair[0], pair[1].scores, pair[1].number)):
+        if scores not in found and not any(dominates(other, scores) for other, _ in whole):
+            found[scores] = trial
+    return list(found.values())
+
+
+def coarse(scores: Sequence[float], scorers: Sequence[Scorer]) -> tuple[float, ...]:
+    """Scores with what is finer than it means anything taken away: how they are compared, and given to the sampler."""
+    return tuple(max(score, scorer.finest) for score, scorer in zip(scores, scorers, strict=True))
+
+
+def choose(way: str, trials: Sequence[Trial], scorers: Sequence[Scorer]) -> Trial:
+    """The trial to take.
+
+    knee: of the front, the one with the smallest sum of scores, each scaled to 0 to 1 over the front (a KL and a
+    perplexity by their logarithms): furthest from the chord between the ends. best-kl: the lowest second score among
+    those whose first lies within the 95% interval of the lowest. A number: that trial. UserError where there is none.
+    """
+    best = front(trials, scorers)
+    if way not in ("knee", "best-kl"):
+        chosen = next((t for t in trials if str(t.number) == way and not t.pruned), None)
+        if chosen is None:
+            numbers = ", ".join(str(t.number) for t in best)
+            raise UserError(f"--pick {way}: expected knee, best-kl or the number of a whole trial (best: {numbers}).")
+        return chosen
+    if not best:
+        raise UserError(f"--pick {way}: no trial was finished. Let the search go on with more --trials.")
+    if way == "best-kl":
+        first, ceiling = scorers[0], best[0].scores[0]
+        if isinstance(first, Asked):
+            ceiling = first.interval(ceiling).high
+        return min((t for t in best if t.scores[0] <= ceiling), key=lambda t: (t.scores[1], t.scores[0]))
+    scaled = np.array([coarse(t.scores, scorers) for t in best])
+    for column, scorer in enumerate(scorers):
+        if not isinstance(scorer, Asked):
+            scaled[:, column] = np.log(np.minimum(np.maximum(scaled[:, column], 1e-9), 1e30))
+    low, span = scaled.min(0), np.ptp(scaled, 0)
+    return best[int(np.argmin(((scaled - low) / np.where(span > 0, span, 1)).sum(1)))]
+
+
+def hypervolume(points: Sequence[Sequence[float]], corner: Sequence[float]) -> float:
+    """Area that points (x, y), both small is good, dominate below a corner."""
+    area, ceiling = 0.0, corner[1]
+    for x, y in sorted((x, y) for x, y in points):
+        if x < corner[0] and y < ceiling:
+            area += (corner[0] - x) * (ceiling - y)
+            ceiling = y
+    return area
+
+
+def table(trials: Sequence[Trial], scorers: Sequence[Scorer], base: Sequence[float], chosen: Trial | None) -> Table:
+    """The front for the terminal, the unedited model first; the chosen trial is marked."""
+    columns = [scorer.name for scorer in scorers]
+    kinds = list(dict.fromkeys(name for trial in trials for name in trial.kernel.tents))
+    made = Table("trial", *columns, "direction of", *kinds, title="no other trial is better in everything")
+    cells = [scorer.told(score) for scorer, score in zip(scorers, base, strict=True)]
+    made.add_row("unedited", *cells, "", *("" for _ in kinds), end_section=True)
+    rows = front(trials, scorers)
+    if chosen is not None and chosen not in rows:
+        rows.append(chosen)
+    for trial in rows:
+        cells = [scorer.told(score) for scorer, score in zip(scorers, trial.scores, strict=True)]
+        source = "each block" if trial.kernel.source is None else f"block {trial.kernel.source:.1f}"
+        tents = [_tent(trial.kernel, name) for name in kinds]
+        mark = f"{trial.number} <-" if trial is chosen else str(trial.number)
+        made.add_row(mark, *cells, source, *tents, style="bold" if trial is chosen else "")
+    return made
+
+
+def _tent(kernel: Kernel, name: str) -> str:
+    tent = kernel.tents[name]
+    return f"{tent.max_weight:.2f} at {tent.position:.1f}, {tent.min_weight:.2f} at \u00b1{tent.distance:.1f}"
+
+
+def plot(
+    trials: Sequence[Trial], scorers: Sequence[Scorer], base: Sequence[float], chosen: Trial | None, path: str | Path
+) -> None:
+    """First score over second, all trials, the front as a line. UserError where matplotlib is not installed."""
+    try:
+        import matplotlib
+
+        matplotlib.use("Agg")
+        from matplotlib import pyplot
+    except ImportError as error:
+        raise UserError("a plot needs matplotlib: pip install 'mlx-realign[search]'") from error
+    figure, axes = pyplot.subplots(figsize=(7, 4.5))
+    points = {trial.number: coarse(trial.scores, scorers)[1::-1] for trial in trials}  # (second, first)
+    for pruned, label in ((True, "pruned: at least this bad"), (False, "trials")):
+        some = [points[trial.number] for trial in trials if trial.pruned == pruned]
+        if some:
+            face = "none" if pruned else "tab:blue"
+            axes.scatter(*zip(*some, strict=True), s=16, facecolors=face, edgecolors="tab:blue", alpha=0.5, label=label)
+    best = [points[trial.number] for trial in front(trials, scorers)]
+    axes.plot(*zip(*best, strict=True), drawstyle="steps-post", color="tab:orange", marker="o", ms=4, label="front")
+    axes.scatter(*coarse(base, scorers)[1::-1], marker="s", color="black", label="unedited")
+    if chosen is not None:
+        star = {"marker": "*", "s": 140, "color": "tab:red", "zorder": 3}
+        axes.scatter(*points[chosen.number], label=f"trial {chosen.number}", **star)
+    if all(second > 0 for second, _ in points.values()):
+        axes.set_xscale("log")
+    axes.set(xlabel=scorers[1].name, ylabel=scorers[0].name)
+    axes.legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)

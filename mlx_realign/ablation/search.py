@@ -1,0 +1,320 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which kernel takes a behaviour away at the least cost: many are tried, no weight is touched.
+
+    found = search.run(policy, direction, positive, negative, writers=writers.find(policy), trials=200,
+                       journal=Path("search.jsonl"), pick="knee")
+    edit.put_on(policy, found.edits)
+
+Optuna's multivariate TPE (Bergstra 2011; Ozaki 2022 for several objectives) draws kernels. Rows of several trials are
+decoded together; a trial whose failures so far already put it behind another one is left (its scores are then bounds).
+Every trial is written to the journal as it ends: a search that was stopped goes on where it was, in `trials` counted
+from the start, and one that is whole only picks.
+"""
+
+import json
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from .. import fingerprint, taps
+from ..errors import UserError
+from ..policy import Policy
+from ..vectors import Direction
+from ..writers import Writer
+from .edit import Edit
+from .kernel import Kernel, Space, space_of
+from .pareto import Trial, choose, coarse, dominates, front
+from .scorers import Asked, Given, Prompt, Scorer, Setting, make
+from .trial import Job, Runner, Slots, completions
+
+SLOTS = 8  # trials under way at most
+WORST = 1e3  # what is said of a score that is not finite
+STUDY = "ablation"
+
+
+class Found(NamedTuple):
+    """What a search found."""
+
+    edits: list[Edit]  # of the chosen trial
+    chosen: Trial
+    front: list[Trial]
+    trials: list[Trial]  # all, in the order of their numbers
+    base: tuple[float, ...]  # scores of the unedited model
+    scorers: list[Scorer]
+    tokens: int  # generated in this call
+    notes: list[str]
+
+
+@dataclass
+class Attempt:
+    """A trial under way."""
+
+    asked: Any  # Optuna's trial
+    kernel: Kernel
+    slot: int
+    scores: list[float]  # bounds from below until it is whole
+    verdicts: dict[int, dict[int, float]]  # of scorers that ask: by prompt
+
+    def bound(self, scorers: Sequence[Scorer]) -> tuple[float, ...]:
+        """What its scores will be at least: whoever is still to be judged counts 0."""
+        for i, own in self.verdicts.items():
+            self.scores[i] = sum(own.values()) / len(scorers[i].prompts)  # type: ignore[union-attr]
+        return tuple(self.scores)
+
+    def guess(self, scorers: Sequence[Scorer]) -> tuple[float, ...]:
+        """What a trial that is left would have come to, if the rest fail as often as all have until now."""
+        return tuple(s + (1 - s) * s if i in self.verdicts else s for i, s in enumerate(self.bound(scorers)))
+
+    def whole(self, scorers: Sequence[Scorer]) -> bool:
+        """Whether every row is judged."""
+        return all(len(own) == len(scorers[i].prompts) for i, own in self.verdicts.items())  # type: ignore[union-attr]
+
+
+def run(
+    policy: Policy,
+    direction: Direction,
+    positive: Sequence[Prompt],
+    negative: Sequence[Prompt],
+    *,
+    writers: Sequence[Writer],
+    journal: Path,
+    scorers: Sequence[str] = ("markers", "kl"),
+    trials: int = 200,
+    startup: int | None = None,
+    seed: int = 0,
+    pick: str = "knee",
+    max_kl: float | None = None,
+    rows: int = 128,
+    say: Callable[[str], None] = lambda _: None,
+    **setting: Any,
+) -> Found:
+    """Try kernels until the journal holds `trials` whole or pruned ones, then pick.
+
+    positive, negative: prompts to judge by, others than the direction is from. startup: random ones before the sampler
+    learns, default 60 but at most 30% of `trials`. pick: see `pareto.choose`. max_kl: a trial whose KL is above it is
+    left before anything is generated. rows: completions made at once. setting: the other fields of `scorers.Setting`.
+    Raises UserError for a missing extra, a journal of another search, and what `scorers.make` and `kernel.space_of`
+    refuse; KeyboardInterrupt passes through, the journal being whole.
+    """
+    made = make(scorers, Setting(policy, positive, negative, **setting))
+    space = space_of(writers, direction, len(taps.blocks(policy.model)))
+    study = _Study(journal, made, space, startup if startup is not None else min(60, int(0.3 * trials)), seed)
+    asked = {
+        "model": fingerprint.base(policy.model) + fingerprint.adapters(policy.model),
+        "direction": _digest([vector.tobytes() for vector in direction.vectors.values()]),
+        "prompts": _digest([json.dumps([list(positive), list(negative)], sort_keys=True).encode()]),
+        "scorers": [scorer.name for scorer in made],
+        "writers": _digest([writer.path.encode() for writer in writers]),
+        "setting": _digest([repr(sorted(setting.items())).encode()]),
+    }
+    with Slots(policy, writers, SLOTS, direction.width) as slots:
+        search = _Search(slots, made, writers, direction, rows, max_kl, say)
+        base = study.same(asked) or study.begin(asked, search.measure_base())
+        search.run(study, base, trials)
+        done = study.trials()
+        chosen = choose(pick, done, made)
+        notes = [f"{sum(t.pruned for t in done)} of {len(done)} trials were left early"]
+        edits = chosen.kernel.edits(writers, direction)
+        return Found(edits, chosen, front(done, made), done, base, made, search.tokens, notes)
+
+
+class _Search:
+    """Evaluates what a study asks for."""
+
+    def __init__(
+        self,
+        slots: Slots,
+        scorers: list[Scorer],
+        writers: Sequence[Writer],
+        direction: Direction,
+        rows: int,
+        max_kl: float | None,
+        say: Callable[[str], None],
+    ) -> None:
+        self.slots, self.scorers, self.writers, self.direction = slots, scorers, writers, direction
+        self.max_kl, self.say = max_kl, say
+        self.ask = {i: scorer for i, scorer in enumerate(scorers) if isinstance(scorer, Asked)}
+        self.give = {i: scorer for i, scorer in enumerate(scorers) if isinstance(scorer, Given)}
+        prompts = [prompt for scorer in self.ask.values() for prompt in scorer.prompts]
+        self.runner = Runner(slots, prompts, rows) if prompts and slots.policy.sharing else None
+        self.alone = 0  # tokens generated without a runner
+        for scorer in self.give.values():
+            scorer.prepare(slots)
+
+    @property
+    def tokens(self) -> int:
+        """Generated so far."""
+        return self.alone + (self.runner.tokens if self.runner else 0)
+
+    def measure_base(self) -> tuple[float, ...]:
+        """Scores of the unedited model."""
+        self.say("the unedited model")
+        attempt = self._attempt(None, Kernel({}), 0)
+        while not attempt.whole(self.scorers):
+            self._advance([attempt])
+        return attempt.bound(self.scorers)
+
+    def run(self, study: "_Study", base: tuple[float, ...], trials: int) -> None:
+        """Until there are so many trials."""
+        done = study.trials()
+        best = [base, *(trial.scores for trial in front(done, self.scorers))]
+        left, under_way = trials - len(done), []
+        while left > 0 or under_way:
+            while left > 0 and len(under_way) < SLOTS and (self.runner is None or self.runner.hungry):
+                slot = min(set(range(1, SLOTS + 1)) - {attempt.slot for attempt in under_way})
+                asked, kernel = study.ask()
+                self.slots.set(slot, kernel.edits(self.writers, self.direction))
+                under_way.append(self._attempt(asked, kernel, slot))
+                left -= 1
+                self._settle(under_way, best, study)
+                if self.runner is None:
+                    break
+            if under_way:
+                self._advance(under_way)
+                self._settle(under_way, best, study)
+
+    def _attempt(self, asked: Any, kernel: Kernel, slot: int) -> Attempt:
+        """Scores of given texts at once; what must be generated waits."""
+        attempt = Attempt(asked, kernel, slot, [0.0] * len(self.scorers), {i: {} for i in self.ask})
+        for i, scorer in self.give.items():
+            value = scorer.value(self.slots.logps(slot, scorer.texts))
+            attempt.scores[i] = min(value, WORST)
+        for i, scorer in self.ask.items() if self.runner and not self._too_far(attempt) else ():
+            for index, prompt in enumerate(scorer.prompts):
+                self.runner.add(Job(_number(asked), i, index), slot, prompt)
+        return attempt
+
+    def _too_far(self, attempt: Attempt) -> bool:
+        kls = [attempt.scores[i] for i, scorer in self.give.items() if scorer.name.startswith("kl")]
+        return attempt.slot > 0 and self.max_kl is not None and any(kl > self.max_kl for kl in kls)
+
+    def _advance(self, under_way: Sequence[Attempt]) -> None:
+        """One token for every row, or (where rows cannot differ) one trial's completions."""
+        if self.runner is None:
+            for i, scorer in self.ask.items():
+                ids = completions(self.slots, under_way[0].slot, scorer.prompts, scorer.max_new_tokens)
+                self.alone += sum(map(len, ids))
+                texts = [self.slots.policy.tokenizer.decode(one) for one in ids]
+                under_way[0].verdicts[i] = dict(enumerate(scorer.judge(range(len(texts)), texts)))
+            return
+        by_number = {_number(attempt.asked): attempt for attempt in under_way}
+        ended: dict[int, list[tuple[Job, str]]] = {i: [] for i in self.ask}
+        for row, text, stopped in self.runner.step():
+            job, scorer = row.tag, self.ask[row.tag.scorer]
+            if stopped or len(row.tokens) >= scorer.max_new_tokens:
+                row.done = True
+                ended[job.scorer].append((job, text))
+            elif scorer.decided(text):
+                row.done = True
+                by_number[job.trial].verdicts[job.scorer][job.index] = 1.0
+        for i, some in ended.items():
+            scores = self.ask[i].judge([job.index for job, _ in some], [text for _, text in some]) if some else []
+            for (job, _), score in zip(some, scores, strict=True):
+                by_number[job.trial].verdicts[i][job.index] = score
+
+    def _settle(self, under_way: list[Attempt], best: list[tuple[float, ...]], study: "_Study") -> None:
+        """Tell the study of trials that are whole, and of those that cannot reach the front any more."""
+        for attempt in list(under_way):
+            bound, whole = attempt.bound(self.scorers), attempt.whole(self.scorers)
+            too_far = self._too_far(attempt)
+            behind = any(dominates(coarse(b, self.scorers), coarse(bound, self.scorers)) for b in best)
+            if not (whole or behind or too_far):
+                continue
+            if self.runner is not None:
+                self.runner.drop(_number(attempt.asked))
+            under_way.remove(attempt)
+            guess = bound if whole else attempt.guess(self.scorers)
+            if too_far:
+                guess = tuple(1.0 if i in self.ask else value for i, value in enumerate(guess))
+            study.tell(attempt, bound, coarse(guess, self.scorers), pruned=not whole)
+            if whole:
+                best.append(bound)
+            scores = ", ".join(f"{s.name} {s.told(b)}" for s, b in zip(self.scorers, bound, strict=True))
+            self.say(f"trial {attempt.asked.number}: {'' if whole else 'left at '}{scores}")
+
+
+class _Study:
+    """Optuna's study in a journal file."""
+
+    def __init__(self, journal: Path, scorers: list[Scorer], space: Space, startup: int, seed: int) -> None:
+        try:
+            import optuna
+            from optuna.storages import JournalStorage
+            from optuna.storages.journal import JournalFileBackend
+        except ImportError as error:
+            raise UserError("--search needs Optuna: pip install 'mlx-realign[search]'") from error
+        self.optuna, self.space, self.startup, self.seed = optuna, space, startup, seed
+        optuna.logging.set_verbosity(optuna.logging.ERROR)
+        journal.parent.mkdir(parents=True, exist_ok=True)
+        self.journal = journal
+        try:
+            storage = JournalStorage(JournalFileBackend(str(journal)))
+            self.study = optuna.create_study(
+                storage=storage, study_name=STUDY, directions=["minimize"] * len(scorers), load_if_exists=True
+            )
+        except (ValueError, KeyError, json.JSONDecodeError) as error:
+            raise UserError(f"{journal}: is no journal of a search ({error}). Name another file.") from error
+        for trial in self.study.get_trials(deepcopy=False, states=[optuna.trial.TrialState.RUNNING]):
+            self.study.tell(trial.number, state=optuna.trial.TrialState.FAIL)  # it was cut off: it begins anew
+            self.study.enqueue_trial(trial.params)
+
+    def same(self, asked: dict[str, Any]) -> tuple[float, ...] | None:
+        """The base's scores where the journal holds this very search, None where it is new; UserError for another."""
+        held = self.study.user_attrs
+        if "base" not in held:
+            return None
+        if different := [name for name, value in asked.items() if held["search"].get(name) != value]:
+            raise UserError(
+                f"{self.journal}: is the journal of a search with another {', '.join(different)}. "
+                "Go on with what it was made with, or name a new file."
+            )
+        return tuple(held["base"])
+
+    def begin(self, asked: dict[str, Any], base: tuple[float, ...]) -> tuple[float, ...]:
+        """Note what is searched."""
+        self.study.set_user_attr("search", asked)
+        self.study.set_user_attr("base", list(base))
+        return base
+
+    def ask(self) -> tuple[Any, Kernel]:
+        """The next trial; what is drawn depends on the seed, its number and the trials before it, and on no run."""
+        number = len(self.study.get_trials(deepcopy=False))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", self.optuna.exceptions.ExperimentalWarning)
+            self.study.sampler = self.optuna.samplers.TPESampler(
+                n_startup_trials=self.startup,
+                n_ei_candidates=128,
+                multivariate=True,
+                constant_liar=True,
+                seed=int(np.random.SeedSequence([self.seed, number]).generate_state(1)[0]),
+            )
+            asked = self.study.ask()
+            return asked, self.space.draw(asked)
+
+    def tell(self, attempt: Attempt, scores: Sequence[float], values: Sequence[float], *, pruned: bool) -> None:
+        """What a trial came to. values: for the sampler, a guess where it was left early."""
+        attempt.asked.set_user_attr("kernel", attempt.kernel.plain())
+        attempt.asked.set_user_attr("scores", list(scores))
+        attempt.asked.set_user_attr("pruned", pruned)
+        self.study.tell(attempt.asked, list(values))
+
+    def trials(self) -> list[Trial]:
+        """All that are whole or pruned."""
+        done = self.study.get_trials(deepcopy=False, states=[self.optuna.trial.TrialState.COMPLETE])
+        return [
+            Trial(t.number, Kernel.read(t.user_attrs["kernel"]), tuple(t.user_attrs["scores"]), t.user_attrs["pruned"])
+            for t in done
+        ]
+
+
+def _number(asked: Any) -> int:
+    return -1 if asked is None else asked.number
+
+
+def _digest(parts: Sequence[bytes]) -> str:
+    return blake2b(b"\0".join(parts), digest_size=12).hexdigest()
