@@ -298,6 +298,18 @@ class GroupFeed(Feed):
             raise UserError("--dynamic-sampling draws new completions, and every row has its own: drop it")
         if self.offline and config.advantage == "gdpo":
             raise UserError("--advantage gdpo normalises verifiers one by one, and given responses have one score each")
+        if not self.offline:
+            for flag, changed, where in (
+                ("negative-weight", config.negative_weight != 1, "given responses"),
+                ("behaviour", config.behaviour != "epoch", "given responses"),
+                (
+                    "off-policy-threshold",
+                    config.off_policy_threshold is not None and config.updates_per_rollout == 1,
+                    "--updates-per-rollout above 1, or given responses",
+                ),
+            ):
+                if changed:
+                    raise UserError(f"--{flag} is for {where}; here it would do nothing: drop it")
         if self.judge and self.online and not settings.skip_bad_rows:
             rows = ((e.line, e.extras["row"]) for e in self.rows if not e.completions)
             if bad := self.judge.pool.check(rows):

@@ -232,6 +232,11 @@ def test_rlvr_learns_from_marked_responses(tmp_path, tiny_model_dir):
         (("--verifier", "exact", "--raft-threshold", 0.5), "--raft-threshold is for --loss-type raft"),
         (("--verifier", "exact", "--advantage", "rloo", "--scale-rewards", "none"), "--scale-rewards is for"),
         (("--verifier", "exact", "--delta", 1.2), "--delta must be above 1 + clip_high"),  # dapo's own is 0.28
+        (("--verifier", "exact", "--no-kl-correction"), "--no-kl-correction is for --kl-coef above 0"),
+        (("--verifier", "exact", "--reference", "base"), "--reference is for --kl-coef above 0"),
+        (("--verifier", "exact", "--negative-weight", 0.5), "--negative-weight is for given responses"),
+        (("--verifier", "exact", "--behaviour", "step"), "--behaviour is for given responses"),
+        (("--verifier", "exact", "--off-policy-threshold", 1), "--off-policy-threshold is for --updates-per-rollout"),
         (("--verifier", "exact", "--full", "--kl-coef", 0.1), "no second copy of"),
         (("--verifier", "exact", "--reward-weights", "1,2"), "2 weights for 1 verifiers"),
     ],

@@ -141,6 +141,8 @@ class Config:
             ("awr-lambda", self.awr_lambda != 0.5 and self.loss_type != "awr", "--loss-type awr"),
             ("raft-threshold", self.raft_threshold is not None and self.loss_type != "raft", "--loss-type raft"),
             ("scale-rewards", self.scale_rewards != "group" and self.advantage != "grpo", "--advantage grpo"),
+            ("no-kl-correction", not self.kl_correction and not self.kl_coef, "--kl-coef above 0"),
+            ("reference", self.reference != "init" and not self.kl_coef, "--kl-coef above 0"),
         ):
             if changed:
                 raise UserError(f"--{flag} is for {where}; here it would do nothing: drop it")
