@@ -65,7 +65,8 @@ def report(
     """One Separation per block, from states [n, len(blocks), d] and [m, len(blocks), d] of any float dtype.
 
     paired: the i-th of both belong together. d' and AUROC: both sets are cut in halves by `seed`, each half is measured
-    along the mean difference of the other, and the two numbers are averaged. UserError for sets that are no pairs.
+    along the mean difference of the other, and the two numbers are averaged; the interval is that of one half.
+    UserError for sets that are no pairs.
     """
     if positive.shape[1:] != negative.shape[1:] or positive.ndim != 3 or positive.shape[1] != len(blocks):
         raise ValueError(f"states must be [n, {len(blocks)}, d], not {positive.shape} and {negative.shape}")
@@ -106,7 +107,7 @@ def warn(separations: Sequence[Separation]) -> str | None:
         reasons.append(f"few prompts ({s.positives} positive, {s.negatives} negative; {FEW} of each are the least)")
     # The block was picked among many: its interval has to hold for all of them at once (Bonferroni).
     wide = NormalDist().inv_cdf(1 - 0.025 / len(separations))
-    lowest = mann_whitney(s.auroc.value, s.positives, s.negatives, wide).low
+    lowest = mann_whitney(s.auroc.value, s.positives // 2, s.negatives // 2, wide).low
     measured = f"held-out AUROC {_said(s.auroc)}"
     if not lowest > 0.5:
         reasons.append(f"{measured} is no more than chance gives the best of {len(separations)} blocks")
@@ -208,16 +209,20 @@ def _half_agreement(positive: np.ndarray, negative: np.ndarray, splits: Sequence
 
 
 def _held_out(positive: np.ndarray, negative: np.ndarray, ahead: Halves, behind: Halves) -> tuple[float, Interval]:
-    """d' and AUROC of each half along the mean difference of the other, averaged."""
-    if min(len(positive), len(negative)) < 2:
-        return math.nan, mann_whitney(math.nan, len(positive), len(negative))
+    """d' and AUROC of each half along the mean difference of the other, averaged.
+
+    Both hang on the product of the two mean differences, so together they are as sure as one of them.
+    """
+    counts = len(positive) // 2, len(negative) // 2
+    if not all(counts):
+        return math.nan, mann_whitney(math.nan, *counts)
     apart, areas = [], []
     for fit, test in ((0, 1), (1, 0)):
         direction = positive[ahead[fit]].mean(0) - negative[behind[fit]].mean(0)
         scores = positive[ahead[test]] @ direction, negative[behind[test]] @ direction
         apart.append(d_prime(*scores))
         areas.append(auroc(*scores))
-    return float(np.mean(apart)), mann_whitney(float(np.mean(areas)), len(positive), len(negative))
+    return float(np.mean(apart)), mann_whitney(float(np.mean(areas)), *counts)
 
 
 def _halves(count: int, rng: np.random.Generator) -> Halves:
@@ -276,8 +281,9 @@ def plot(separations: Sequence[Separation], path: str | Path) -> None:
     )
     for axis, (name, values, chance) in zip(axes.flat, panels, strict=True):
         middle = [v.value if isinstance(v, Interval) else v for v in values]
-        if isinstance(values[0], Interval):
-            axis.fill_between(blocks, [v[1] for v in values], [v[2] for v in values], alpha=0.2)
+        bounds = [(v.low, v.high) for v in values if isinstance(v, Interval)]
+        if bounds:
+            axis.fill_between(blocks, *zip(*bounds, strict=True), alpha=0.2)
         axis.plot(blocks, middle, marker="o", markersize=3)
         axis.axhline(chance, color="grey", linewidth=0.8)
         axis.axvline(at, color="grey", linewidth=0.8, linestyle=":")

@@ -213,14 +213,14 @@ def check(direction: Direction, policy: "Policy", name: str, *, force: bool = Fa
 
 
 def spans(blocks: list[int]) -> str:
-    """Blocks in words: 0-11, 14."""
+    """Blocks in words: 0 to 11, 14."""
     runs: list[list[int]] = []
     for block in blocks:
         if runs and block == runs[-1][-1] + 1:
             runs[-1].append(block)
         else:
             runs.append([block])
-    return ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
+    return ", ".join(f"{run[0]} to {run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
 
 
 def _read(path: Path) -> Direction:
@@ -265,11 +265,10 @@ def _about(path: Path, fields: dict[str, Any]) -> About:
     for name, known in (("site", SITE), ("convention", CONVENTION)):
         if fields.get(name) != known:
             raise UserError(f"{path}: its {name} is {fields.get(name)!r}, only {known!r} can be used. Extract anew.")
-    tuples = {name: tuple(int(x) for x in fields[name]) for name in ("blocks", "template_prefix")}
+    tuples: dict[str, Any] = {name: tuple(int(x) for x in fields[name]) for name in ("blocks", "template_prefix")}
     return About(**fields | tuples)
 
 
 def by_block(tensors: Mapping[str, np.ndarray], kind: str) -> dict[int, np.ndarray]:
     """Block -> tensor, of the tensors whose name begins with `kind`."""
     return {int(name[len(kind) :]): value for name, value in tensors.items() if name.startswith(kind)}
-
