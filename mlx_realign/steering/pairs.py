@@ -69,12 +69,12 @@ def read(positive: Given, negative: Given | None = None, *, positive_label: str 
     for side in (ahead, behind):
         digest.update(json.dumps([[entry.prompt, entry.completion] for entry in side], sort_keys=True).encode())
     said = [[entry.completion for entry in side if entry.completion is not None] for side in (ahead, behind)]
-    if any(said) and sum(map(len, said)) != len(entries):
+    if any(said) and len(said[0]) + len(said[1]) != len(entries):
         odd = next(entry for entry in entries if entry.completion is None)
         raise UserError(f"{odd.where}: has no chosen and rejected, as other rows have: one file, one kind of row.")
     paired = all(entry.pair for entry in entries)
     prompts = [[entry.prompt for entry in side] for side in (ahead, behind)]
-    return Contrast(*prompts, digest.hexdigest(), paired, *said)
+    return Contrast(prompts[0], prompts[1], digest.hexdigest(), paired, said[0], said[1])
 
 
 def prompts_of(given: Given, flag: str = "--prompts") -> list[Prompt]:

@@ -1,0 +1,175 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Steering without a hook, for programs that know nothing of it: weights that stock mlx-lm loads, or a GGUF file.
+
+    mlx-realign steer export --steer mood.safetensors --to mlx-lm --output grey-model
+    mlx-realign steer export --steer mood.safetensors:2.5 --to gguf --output mood.gguf
+
+mlx-lm: a vector that is added behind a block is a bias of the last layer the block adds to the stream, so the folder is
+the model with that bias; its weights are linked, quantised ones stay as they are. A vector at block -1 is a rank-1
+adapter on the embeddings. What depends on the state, the place in the text or the prompt cannot be a weight, and is
+refused in one line. Every export is run and held against the steered model before it is called done.
+"""
+
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import mlx.core as mx
+import numpy as np
+
+from .. import fingerprint, gguf_vectors, vectors
+from ..errors import UserError
+from ..flags import parse
+from ..policy import Policy
+from ..vectors import About, Direction
+from .apply import steer
+from .asked import ModelFlags, SteerFlags, load_model, steers_of
+from .baked import Baked, bias_folder, embedding_adapter
+from .spec import Steer
+
+TOLERANCE = 0.02  # largest difference of a log-prob, as a share of what the steering changes; rounding is far below
+FINEST = 1e-3  # nats: a steering that changes less is not told from rounding
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings(ModelFlags, SteerFlags):
+    """What `steer export` can be told."""
+
+    to: Literal["mlx-lm", "gguf"]
+    """mlx-lm: a folder for mlx_lm.generate; gguf: a control vector for llama.cpp."""
+    output: str
+    """New folder, or for gguf a file that ends in .gguf."""
+    copy: bool = False
+    """mlx-lm: copy the model's weights instead of linking them."""
+
+
+def command(argv: list[str]) -> int:
+    """`mlx-realign steer export`; returns 0."""
+    settings = parse(Settings, argv, prog="mlx-realign steer export", doc=__doc__ or "")
+    if not settings.steer:
+        raise UserError("--steer is needed: the file of a direction, such as mood.safetensors or mood.safetensors:2.5.")
+    output = Path(settings.output)
+    if output.exists() and not (settings.to == "mlx-lm" and output.is_dir() and not any(output.iterdir())):
+        raise UserError(f"--output {output}: exists already. Give a new one.")
+    if settings.to == "gguf" and output.suffix != ".gguf":
+        raise UserError(f"--output {output}: a control vector is kept in a file that ends in .gguf.")
+    if settings.to == "mlx-lm" and settings.adapter:
+        raise UserError(
+            "--adapter: the folder would lack it. Fuse it into a model first: mlx-realign export --to fused."
+        )
+    policy = load_model(settings, *settings.steer)
+    steers = steers_of(settings, policy)
+    for line in export(policy, steers, settings):
+        print(line)
+    return 0
+
+
+def export(policy: Policy, steers: Sequence[Steer], settings: Settings) -> list[str]:
+    """Write what `settings` ask for; returns what to tell the user. UserError where it cannot be said in weights."""
+    added = added_by(steers)
+    output = Path(settings.output)
+    base = log_probs(policy)
+    with steer(policy, *steers):
+        expected = log_probs(policy)
+    effect = float(mx.abs(expected - base).max())
+    if settings.to == "gguf":
+        return gguf(policy, added, output, expected, effect)
+    if list(added) == [-1]:
+        baked = embedding_adapter(policy, added[-1], output)
+    elif -1 in added:
+        raise UserError(
+            "--to mlx-lm: block -1 is said by an adapter and the others by biases, which are not made together. "
+            "Name the blocks with --blocks, and export twice."
+        )
+    else:
+        baked = bias_folder(policy, added, output, trust_remote_code=settings.trust_remote_code, copy=settings.copy)
+    try:
+        loaded = Policy.load(
+            baked.model,
+            adapter=baked.adapter,
+            dtype=settings.dtype,
+            quantize=settings.quantize,
+            cpu_dequantize=settings.cpu_dequantize,
+            trust_remote_code=settings.trust_remote_code,
+        )
+        told = verified(log_probs(loaded), expected, effect)
+    except UserError as error:
+        shutil.rmtree(output)
+        raise UserError(
+            f"--to mlx-lm: what was written does not run as it should, and is gone again: {error}"
+        ) from error
+    return [*baked.told, told, f"run it: {run_line(baked)}"]
+
+
+def added_by(steers: Sequence[Steer]) -> dict[int, np.ndarray]:
+    """Block -> float64 [d] that is added there in all, blocks in order. UserError for what is more than adding."""
+    found: dict[int, np.ndarray] = {}
+    for one in steers:
+        if reason := why_not(one):
+            raise UserError(f"this cannot be exported: {reason}. `mlx-realign steer generate` runs it.")
+        for block in one.at:
+            vector = one.coefficient * one.numbers(block)["vector"][0].astype(np.float64)
+            found[block] = found.get(block, 0) + vector
+    return {block: found[block] for block in sorted(found)}
+
+
+def why_not(one: Steer) -> str | None:
+    """Why a steer is no constant that is added to every token, or None."""
+    if one.operator != "add":
+        what = "to be ablated from weights it goes to `mlx-realign ablate`" if one.operator == "ablate" else ""
+        reason = (
+            f"what {one.operator} does depends on the state of each token, and weights that stock programs run do not"
+        )
+        return f"{reason}; {what}" if what else reason
+    if one.positions != "all":
+        return f"it acts on positions {one.positions}, and a weight acts on every token (--positions all does too)"
+    if one.schedule.kind != "constant":
+        return f"its schedule is {one.schedule.kind}, and weights do not change while a text is made"
+    if one.condition is not None:
+        return "it has a condition, and weights act on every prompt"
+    return None
+
+
+def gguf(policy: Policy, added: dict[int, np.ndarray], output: Path, expected: mx.array, effect: float) -> list[str]:
+    """Write a control vector, read it back, steer with it."""
+    about = About(
+        method="exported",
+        coefficient=1.0,
+        blocks=tuple(added),
+        base_model=policy.name,
+        base_hash=fingerprint.base(policy.model),
+    )
+    written = gguf_vectors.write(Direction(added, about), output, model_type=str(policy.config.get("model_type", "")))
+    again = vectors.load(output, policy=policy)
+    with steer(policy, again):
+        told = verified(log_probs(policy), expected, effect)
+    blocks = vectors.spans(written)
+    return [f"wrote {output}: blocks {blocks}", told, f"run it: llama-cli --control-vector {output}"]
+
+
+def verified(found: mx.array, expected: mx.array, effect: float) -> str:
+    """What to say of an export that was run. UserError where it does not do what the steered model does."""
+    gap = float(mx.abs(found - expected).max())
+    told = (
+        f"largest difference of a log-prob from the steered model's {gap:.1e} nats; steering moves them by {effect:.2g}"
+    )
+    if not gap <= TOLERANCE * max(effect, FINEST):
+        raise UserError(told)
+    return f"verified on random tokens: {told}"
+
+
+def log_probs(policy: Policy) -> mx.array:
+    """float32 [2, 12, V] of random tokens: what models are compared by (logits may differ by a constant)."""
+    tokens = mx.random.randint(0, policy.vocabulary, (2, 12), key=mx.random.key(0))
+    logits = policy.model(tokens).astype(mx.float32)
+    found = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+    mx.eval(found)
+    return found
+
+
+def run_line(baked: Baked) -> str:
+    """The command that generates with an export."""
+    adapter = f" --adapter-path {baked.adapter}" if baked.adapter else ""
+    return f"mlx_lm.generate --model {baked.model}{adapter} --prompt ..."
