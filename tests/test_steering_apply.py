@@ -348,7 +348,7 @@ def test_what_cannot_be_steered_is_said_in_one_line():
     ]
     for changes, message in wrong:
         with pytest.raises(UserError, match=message):
-            steer(model, bare, **({"blocks": (0,)} | changes))
+            steer(model, bare, **{"blocks": (0,), **changes})
     with pytest.raises(UserError, match="no direction"):
         steer(model)
     with steer(model, Direction({0: np.ones(32)})), pytest.raises(UserError, match="another model"):
