@@ -189,9 +189,7 @@ def outputs(layer: Base) -> int:
 # ------------------------------------------------------------------ judging
 
 
-def _try(
-    bench: _Bench, paths: list[str], silent: Mapping[str, mx.array]
-) -> dict[str, tuple[bool, np.ndarray | None]]:
+def _try(bench: _Bench, paths: list[str], silent: Mapping[str, mx.array]) -> dict[str, tuple[bool, np.ndarray | None]]:
     """For one layer of each block: whether what it gives passes into the stream, and with which gain."""
 
     def move(vector: mx.array) -> np.ndarray:

@@ -1,0 +1,518 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Take a behaviour out of a model by removing its direction from all that writes to the residual stream (abliteration).
+
+    mlx-realign ablate --model M --positive does.txt --negative does-not.txt --markers "I cannot,I won't" --output out
+    mlx-realign ablate --model M --positive labelled.jsonl --output out --search --trials 200
+    mlx-realign ablate --model M --positive labelled.jsonl --dry-run
+
+Sets: two .txt files with a prompt per line (or .jsonl with "prompt"), or one .jsonl of {"prompt", "label"} rows. The
+result is an adapter that stock mlx-lm loads, exact on quantised models too, with what it does on held-out prompts in
+report.md and metrics.json, and the direction for mlx-realign steer. It is meant for behaviours that a model should not
+have, such as refusing what is harmless; it can break more than it takes away, safeguards among it: read the report, and
+what the result is used for is the responsibility of whoever makes it.
+"""
+
+import dataclasses
+import importlib.util
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from . import adapter, capture, cli, flags, rollout, steerability, vectors
+from . import writers as writers_module
+from .ablation import edit, extraction, measure, report, select, tryout, variants
+from .ablation.edit import Applied, Edit
+from .ablation.extraction import Extracted, Sets
+from .ablation.measure import Bench, Measured
+from .ablation.settings import Settings, check, markers_of, weight_of
+from .errors import UserError
+from .policy import Policy
+from .sampling import Sampling
+from .steering import pairs
+from .steering.pairs import Contrast
+from .vectors import Direction
+from .writers import Writer
+
+FULL = 3  # candidates whose completions are looked at
+
+Say = Callable[[str], None]
+
+
+@dataclass
+class Plan:
+    """What is to be done, and why."""
+
+    edits: list[Edit]
+    block: int | None  # whose direction all writers lose; None: each block its own
+    position: extraction.Position
+    lines: list[str] = field(default_factory=list)
+    tables: list[Table] = field(default_factory=list)
+    facts: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class Result:
+    """An ablated policy and what is known of it."""
+
+    policy: Policy
+    direction: Direction
+    plan: Plan
+    applied: Applied
+    measured: Measured
+    facts: dict[str, Any]  # what metrics.json holds
+
+
+def main(argv: list[str]) -> int:
+    """The command; returns 0."""
+    settings = flags.parse(Settings, argv, prog="mlx-realign ablate", doc=__doc__ or "")
+    check(settings)
+    contrast = pairs.read(settings.positive, settings.negative, positive_label=settings.positive_label)
+    console = Console(stderr=settings.json)
+    with Console(stderr=True).status(f"loading {settings.model}") as status:
+        options = {
+            name: getattr(settings, name) for name in ("dtype", "quantize", "cpu_dequantize", "trust_remote_code")
+        }
+        policy = Policy.load(settings.model, adapter=settings.adapter, **options)
+        for note in policy.notes:
+            print(note, file=sys.stderr)
+        found = run(policy, contrast, settings, say=status.update, console=console)
+    if settings.json:
+        print(json.dumps(found.facts if isinstance(found, Result) else found, ensure_ascii=False))
+    return 0
+
+
+def ablate(
+    policy: Policy,
+    positive: pairs.Given,
+    negative: pairs.Given | None = None,
+    *,
+    say: Say = lambda _: None,
+    **options: Any,
+) -> Result:
+    """Ablate a policy in place, from Python, with fields of Settings as options; without `output` nothing is written.
+
+    positive, negative: files as on the command line, or lists of prompts. The policy carries the edit as its adapter
+    afterwards (`fuse=True`: in its weights), next to one that it had; `policy.adapter_off()` is the base. Raises UserError
+    as the command does.
+    """
+    fields = flags.fields_of(Settings)
+    if unknown := next((name for name in options if name not in fields), None):
+        raise UserError(f"ablate has no setting {unknown!r}.{flags.nearest(unknown, fields)}")
+    values = {name: flags.convert(fields[name].kind, value, name) for name, value in options.items()}
+    settings = Settings(**{"model": policy.name, "positive": "prompts", **values})
+    check(settings, writes=False)
+    contrast = pairs.read(positive, negative, positive_label=settings.positive_label)
+    found = run(policy, contrast, dataclasses.replace(settings, dry_run=False), say=say)
+    assert isinstance(found, Result)
+    return found
+
+
+def run(
+    policy: Policy, contrast: Contrast, settings: Settings, *, say: Say, console: Console | None = None
+) -> Result | dict[str, Any]:
+    """Everything in order, with the settings checked; of a dry run the facts that it printed."""
+    show = console.print if console else lambda *_, **__: None
+    sets = extraction.split(contrast, settings)
+    say("what writes to the residual stream")
+    writers, lines = wanted_writers(policy, settings)
+    extracted = extraction.extract(policy, sets, settings, paired=contrast.paired, say=say)
+    lines = [*told_sets(sets), *lines, *told_prefix(extracted)]
+    if settings.dry_run:
+        return dry_run(extracted, writers, lines, settings, show)
+    plan = (
+        searched(extracted, sets, writers, settings, say)
+        if settings.search
+        else decided(extracted, sets, writers, settings, say)
+    )
+    separations = extracted.separations[plan.position]
+    if warning := steerability.warn(separations):
+        lines.append(f"warning: {warning}")
+    for drawn in (steerability.table(separations), *plan.tables):
+        show(drawn)
+    applied, more = put_on(extracted, plan, sets, settings)
+    plan.lines = [*lines, *plan.lines, *more]
+    for line in plan.lines:
+        show(line, highlight=False, markup=False)
+    result = measured(extracted, plan, applied, sets, contrast, settings, say)
+    show(report.before_after(result.facts["held_out"]))
+    for line in (report.along(result.measured), report.left(result.measured), *result.measured.notes):
+        show(line, highlight=False, markup=False)
+    if settings.output:
+        say("writing")
+        save(result, extracted, settings)
+        show(f"written to {settings.output}; {report_use(settings)}", highlight=False, markup=False)
+    return result
+
+
+# ------------------------------------------------------------------ what and where
+
+
+def wanted_writers(policy: Policy, settings: Settings) -> tuple[list[Writer], list[str]]:
+    """The writers to edit, and what should be known of the model's. UserError for blocks that it does not have."""
+    every = writers_module.find(policy, settings.writers)
+    lines = []
+    for rest in writers_module.rest(policy, every)[:3]:
+        names = ", ".join(rest.modules) or "no layer of its width"
+        lines.append(
+            f"warning: block {rest.block} writes {rest.share:.0%} of what it adds by ways that are not known, and that is "
+            f"not edited. Layers as wide as the stream: {names}; --writers takes names of more"
+        )
+    count = len(policy.model.layers)
+    blocks = range(count) if settings.blocks is None else blocks_of(settings.blocks, count)
+    chosen = [writer for writer in every if writer.block in blocks]
+    if not chosen:
+        raise UserError(
+            "no layer of this model was found that writes to the residual stream: name them with --writers."
+        )
+    kinds = {kind: sum(w.kind == kind for w in chosen) for kind in ("attention", "mlp", "experts")}
+    told = ", ".join(f"{n} of {kind}" for kind, n in kinds.items() if n)
+    gains = sum(writer.gain is not None for writer in chosen)
+    lines.append(f"{len(chosen)} writers: {told}" + (f"; {gains} of them through a norm with gains" if gains else ""))
+    return chosen, lines
+
+
+def blocks_of(text: str, count: int) -> set[int]:
+    """Blocks of `12`, `8-14` or `3,5,7-9`. UserError where it is none of them, or beyond the model's."""
+    found: set[int] = set()
+    for part in text.split(","):
+        first, _, last = part.strip().partition("-")
+        if not (first.isdecimal() and (last or first).isdecimal()):
+            raise UserError(f"--blocks {text}: expected blocks such as 12, 8-14 or 3,5,7-9.")
+        found |= set(range(int(first), int(last or first) + 1))
+    if not found or max(found) >= count:
+        raise UserError(f"--blocks {text}: the model has the blocks 0 to {count - 1}.")
+    return found
+
+
+def shares(settings: Settings) -> Callable[[Writer], float]:
+    """What the weight is times, by kind of writer."""
+    return lambda writer: getattr(settings, f"{writer.kind}_weight")
+
+
+def decided(extracted: Extracted, sets: Sets, writers: list[Writer], settings: Settings, say: Say) -> Plan:
+    """Block, position and weight: as told, or by what they do."""
+    policy, marks = extracted.policy, markers_of(settings)
+    asked = [capture.encode(policy, s[: settings.select_prompts], prefix=extracted.prefix) for s in sets.select]
+    chosen = best_sources(extracted, asked, writers, marks, settings, say)
+    weight, sources = weight_of(settings), list(chosen.candidates)
+    plan = Plan([], sources[0].block, sources[0].position, [chosen.note] if chosen.note else [])
+    plan.tables, plan.facts = [select.table(chosen)], {"selection": select.plain(chosen)}
+    named: dict[str, tuple[int | None, extraction.Position]] = {}
+    for one in [c for c in sources if not c.refused][:FULL] or sources[:1]:
+        if settings.block != "per-block":
+            named[f"block {one.block}, {said(one.position)}"] = one.block, one.position
+        if settings.block in ("auto", "per-block"):
+            named.setdefault(f"each block its own, {said(one.position)}", (None, one.position))
+    first = next(iter(named))
+    if weight is None or len(named) > 1:
+        say("what the candidates do to completions")
+        best, weight = by_completions(extracted, named, asked, writers, marks, settings, plan, say)
+        first = best or first
+    plan.block, plan.position = named[first]
+    kinds = shares(settings)
+    rows = extracted.by_block(plan.block, plan.position)
+    plan.edits = edit.plan(writers, rows, lambda writer: weight * kinds(writer))
+    plan.lines.append(f"removed: {first}, weight {weight:g}, {settings.variant}")
+    plan.facts |= {"direction": first, "weight": weight}
+    return plan
+
+
+def best_sources(
+    extracted: Extracted, asked: list[list[list[int]]], writers: list[Writer], marks: Any, settings: Settings, say: Say
+) -> select.Chosen:
+    """Candidates in order, by bypass, induce and KL."""
+    say("which block and position")
+    blocks = range(extracted.blocks)
+    if settings.block.isdecimal():
+        if int(settings.block) not in blocks:
+            raise UserError(f"--block {settings.block}: the model has the blocks 0 to {blocks[-1]}.")
+        blocks = range(int(settings.block), int(settings.block) + 1)
+    keys = [(b, p) for p in extracted.states for b in blocks if _differ(extracted, b, p)]
+    if not keys:
+        raise UserError("both sets give the same states there: the prompts do not differ where they are read.")
+    sampling = Sampling(max_new_tokens=min(32, settings.max_new_tokens), temperature=0.0)
+    sides = [[one for [one] in rollout.rollout(extracted.policy, side, sampling)] for side in asked]
+    plain = [measure.plain(mark) for mark in marks]
+    shows = [[any(mark in measure.plain(one.text) for mark in plain) for one in side] for side in sides]
+    groups: list[list[Any]] = [[], []]
+    for side, marked in zip(sides, shows, strict=True):
+        for one, hit in zip(side, marked, strict=True):
+            groups[0 if hit else 1].append(one.tokens.tolist())
+    tokens = select.first_tokens(*groups) if sum(shows[0]) >= len(shows[0]) / 2 else ()
+    vectors_by = {(b, p): extracted.removed(b, p, b)[0] for b, p in keys}
+    return select.choose(extracted.policy, writers, vectors_by, *asked, tokens=tokens, max_kl=settings.max_kl)
+
+
+def _differ(extracted: Extracted, block: int, position: extraction.Position) -> bool:
+    positive, negative = extracted.sides(block, position)
+    return bool((positive.mean(0, dtype=np.float64) - negative.mean(0, dtype=np.float64)).any())
+
+
+def by_completions(
+    extracted: Extracted,
+    named: dict[str, tuple[int | None, extraction.Position]],
+    asked: list[list[list[int]]],
+    writers: list[Writer],
+    marks: Any,
+    settings: Settings,
+    plan: Plan,
+    say: Say,
+) -> tuple[str | None, float]:
+    """The candidate and the weight that suffice, and into `plan` what was tried."""
+    weight = weight_of(settings)
+    rows = {name: {t: r[:1] for t, r in extracted.by_block(*source).items()} for name, source in named.items()}
+    tried, best = tryout.try_out(
+        extracted.policy,
+        writers,
+        rows,
+        *asked,
+        markers=marks,
+        weights=tryout.WEIGHTS if weight is None else (weight,),
+        max_kl=settings.max_kl,
+        max_new_tokens=min(64, settings.max_new_tokens),
+        share=shares(settings),
+        say=say,
+    )
+    if best is None:
+        plan.lines.append(
+            "the behaviour does not show by --markers in most replies to the positives, so that the weight could not be "
+            "tried: 1 is taken"
+            if weight is None
+            else "candidates could not be compared by completions (--markers)"
+        )
+        return None, 1.0 if weight is None else weight
+    plan.tables.append(tryout.table(tried, best))
+    plan.facts["tried"] = tryout.plain_values(tried)
+    return best.name, best.weight
+
+
+def searched(extracted: Extracted, sets: Sets, writers: list[Writer], settings: Settings, say: Say) -> Plan:
+    """Weights by block, from a search over kernels."""
+    from .ablation import pareto, search
+
+    policy, marks = extracted.policy, markers_of(settings)
+    asked = [capture.encode(policy, s[: settings.select_prompts], prefix=extracted.prefix) for s in sets.select]
+    chosen = best_sources(extracted, asked, writers, marks, settings, say)
+    position = chosen.best.position
+    journal = Path(settings.journal or f"{settings.output.rstrip('/')}.search.jsonl")
+    found = search.run(
+        policy,
+        extracted.direction(None, position, "", {}),
+        *(s[: settings.select_prompts] for s in sets.select),
+        writers=writers,
+        journal=journal,
+        scorers=settings.scorers,
+        trials=settings.trials,
+        seed=settings.seed,
+        pick=settings.pick,
+        prefix=extracted.prefix,
+        markers=marks,
+        max_new_tokens=settings.max_new_tokens,
+        say=say,
+    )
+    source = found.chosen.kernel.source
+    plan = Plan(found.edits, None if source is None else round(source), position, list(found.notes))
+    plan.tables = [select.table(chosen), pareto.table(found.trials, found.scorers, found.base, found.chosen)]
+    plan.lines.append(
+        f"removed: trial {found.chosen.number} of {journal}, states of {said(position)}, {settings.variant}"
+    )
+    plan.facts = {
+        "selection": select.plain(chosen),
+        "kernel": found.chosen.kernel.plain(),
+        "trial": found.chosen.number,
+    }
+    if settings.output and importlib.util.find_spec("matplotlib"):
+        Path(settings.output).mkdir(parents=True, exist_ok=True)
+        pareto.plot(found.trials, found.scorers, found.base, found.chosen, Path(settings.output) / "search.png")
+    return plan
+
+
+# ------------------------------------------------------------------ doing it
+
+
+def put_on(extracted: Extracted, plan: Plan, sets: Sets, settings: Settings) -> tuple[Applied, list[str]]:
+    """The edits on the policy, as the variant has them; sentences on what an adapter cannot hold."""
+    policy, edits, lines = extracted.policy, plan.edits, []
+    if not edits:
+        raise UserError("nothing is to be edited: all weights are 0.")
+    if settings.fuse and not any("scales" in writers_module.module_at(policy.model, e.writer.path) for e in edits):
+        means = None
+        if settings.variant == "affine":
+            asked = capture.encode(policy, sets.fit[1][:128], prefix=extracted.prefix)
+            means = plan.facts["means"] = variants.means_of(policy, edits, asked)
+        return variants.rewrite(policy, edits, settings.variant, means), lines
+    if settings.variant == "affine":
+        raise UserError(
+            "--variant affine: the weights are quantised, and cannot be edited. Load them with --dtype float32."
+        )
+    if left := edit.bias_left(policy, edits):
+        worst = max(left, key=left.__getitem__)
+        lines.append(
+            f"{len(left)} writers have a bias, which an adapter cannot change: up to {left[worst]:.0%} of one lies along "
+            f"the direction ({worst}) and stays; --fuse edits it"
+        )
+    experts = any(e.writer.kind == "experts" for e in edits)
+    if settings.variant == "row-norm" and not experts and not adapter.adapters_of(policy.model):
+        return edit.put_on(policy, edits, dora=True), lines
+    if settings.variant not in variants.FULL_RANK:
+        return edit.put_on(policy, edits), lines
+    more, errors = variants.remainder(policy, edits, settings.variant, settings.extra_rank)
+    lines.append(
+        f"{settings.variant} is a change of full rank: the adapter's {settings.extra_rank} more ranks miss "
+        f"{np.mean(list(errors.values())):.1%} of it on average, {max(errors.values()):.1%} at most; --fuse is exact"
+    )
+    return edit.put_on(policy, edits, more=more), lines
+
+
+def measured(
+    extracted: Extracted, plan: Plan, applied: Applied, sets: Sets, contrast: Contrast, settings: Settings, say: Say
+) -> Result:
+    """What the edit did on held-out prompts, with the direction as a file keeps it."""
+    policy, position = extracted.policy, plan.position
+    bench = Bench(
+        *(capture.encode(policy, side) for side in sets.held),
+        shown=[_shown(prompt) for side in sets.held for prompt in side],
+        markers=markers_of(settings),
+        **{name: getattr(settings, name) for name in ("max_new_tokens", "batch_size", "kl_tokens", "text", "samples")},
+    )
+    block = steerability.best(extracted.separations[position]) if plan.block is None else plan.block
+    say("what is left of the direction")
+    blocks = {e.writer.block for e in plan.edits}
+    rows = {b: r for b, r in extracted.by_block(plan.block, position).items() if b in blocks}
+    left = edit.leaks(applied), edit.left_in_blocks(policy, rows)
+    found = measure.measure(applied, bench, extracted.raw(block, position), block, left, say=say)
+    facts = {
+        "settings": dataclasses.asdict(settings),
+        "prompts": {name: [len(side) for side in getattr(sets, name)] for name in ("fit", "select", "held")},
+        "position": str(position),
+        "block": plan.block,
+        "prefix": extracted.prefix,
+        "separations": [dataclasses.asdict(s) for s in extracted.separations[position]],
+        **{name: value for name, value in plan.facts.items() if name != "means"},
+        "edits": {e.writer.path: e.weight for e in plan.edits},
+        "held_out": measure.facts(found),
+    }
+    after = facts["held_out"]
+    told = {"behaviour": [after["positive"]["behaviour"][when]["value"] for when in ("before", "after")]}
+    told |= {"kl_first_token": after["kl"]["first_token"], "left": max(found.leaks.values(), default=0.0)}
+    direction = extracted.direction(plan.block, position, contrast.hash, told)
+    plan.facts["bench"] = bench
+    return Result(policy, direction, plan, applied, found, facts)
+
+
+def save(result: Result, extracted: Extracted, settings: Settings) -> None:
+    """Adapter or model, direction, metrics, report, plot."""
+    output, plan, policy = Path(settings.output), result.plan, result.policy
+    output.mkdir(parents=True, exist_ok=True)
+    more: list[tuple[str, str]] = []
+    if settings.fuse:
+        stored = variants.save_fused(
+            policy.folder,
+            output,
+            plan.edits,
+            settings.variant,
+            means=plan.facts.get("means"),
+            **{name: getattr(settings, name) for name in ("force", "dequantize", "trust_remote_code")},
+        )
+        worst = max(stored.left.values(), default=0.0)
+        told = (
+            f"Storing the weights rounded them by {stored.rounding:.2%} of the edit; up to {worst:.2%} of B W is left."
+        )
+        more.append(("### In the stored weights", told))
+        result.facts["stored"] = stored._asdict()
+    else:
+        adapter.save(policy.model, output, base_model=policy.name)
+    vectors.save(result.direction, output / "direction.safetensors")
+    if importlib.util.find_spec("matplotlib"):
+        steerability.plot(extracted.separations[plan.position], output / "separation.png")
+        more.append(("### How well each block separates the sets", "![separation by block](separation.png)"))
+    (output / "metrics.json").write_text(json.dumps(_plain(result.facts), indent=1) + "\n", encoding="utf-8")
+    title = f"A direction taken out of {policy.name}"
+    text = report.text(title, plan.lines, result.measured, plan.facts["bench"], plan.edits, more)
+    (output / "report.md").write_text(text, encoding="utf-8")
+
+
+# ------------------------------------------------------------------ told
+
+
+def dry_run(
+    extracted: Extracted, writers: list[Writer], lines: list[str], settings: Settings, show: Callable[..., Any]
+) -> dict[str, Any]:
+    """Print the plan; returns it."""
+    for position, separations in extracted.separations.items():
+        show(f"states of {said(position)}", highlight=False)
+        show(steerability.table(separations))
+    edits = edit.plan(writers, np.eye(1, extracted.states[next(iter(extracted.states))][0].shape[-1])[0])
+    if left := edit.bias_left(extracted.policy, edits):
+        lines.append(f"{len(left)} writers have a bias, which only --fuse edits")
+    for line in [*lines, "nothing was written (--dry-run)"]:
+        show(line, highlight=False, markup=False)
+    told = {str(p): [dataclasses.asdict(s) for s in some] for p, some in extracted.separations.items()}
+    plan = [{"path": w.path, "block": w.block, "kind": w.kind, "gain": w.gain is not None} for w in writers]
+    return _plain({"settings": dataclasses.asdict(settings), "plan": lines, "writers": plan, "separations": told})
+
+
+def told_sets(sets: Sets) -> list[str]:
+    """How many prompts of each set are for what."""
+    fit, select_, held = ([len(side) for side in part] for part in sets[:3])
+    again = "" if sets.apart else " (of the same: there are few)"
+    return [
+        f"prompts, positive and negative: {fit[0]} and {fit[1]} for the direction, {select_[0]} and {select_[1]} to try "
+        f"candidates on{again}, {held[0]} and {held[1]} held out"
+    ]
+
+
+def told_prefix(extracted: Extracted) -> list[str]:
+    """What all completions begin with, where they do."""
+    if not extracted.prefix:
+        return []
+    text = extracted.policy.tokenizer.decode(extracted.prefix)
+    return [f"all completions begin with {text!r}: states were taken behind it (--no-prefix: before it)"]
+
+
+def report_use(settings: Settings) -> str:
+    """How to run what was written."""
+    if settings.fuse:
+        return f"use it: mlx_lm.generate --model {settings.output}"
+    return f"use it: mlx_lm.generate --model {settings.model} --adapter-path {settings.output}"
+
+
+def said(position: extraction.Position) -> str:
+    """A position in words."""
+    return {-1: "last prompt token", extraction.MEAN: "completions' mean"}.get(position, f"prompt token {position}")
+
+
+def _shown(prompt: Any) -> str:
+    return prompt if isinstance(prompt, str) else str(prompt[-1].get("content", ""))
+
+
+def _plain(value: Any) -> Any:
+    """As JSON has it: numbers that are not finite become null."""
+    if isinstance(value, dict):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(v) for v in value]
+    if isinstance(value, float | np.floating):
+        return float(value) if np.isfinite(value) else None
+    return value
+
+
+class _Callable(ModuleType):
+    """`mlx_realign.ablate` is this module once anything has imported it, and is meant to be called like its function."""
+
+    def __call__(self, *args: Any, **options: Any) -> Result:
+        return ablate(*args, **options)
+
+
+if __name__ == "__main__":
+    sys.exit(cli.run(main))
+
+sys.modules[__name__].__class__ = _Callable

@@ -1,0 +1,194 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What `ablate` can be told, and what cannot be meant."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from ..errors import UserError
+from ..steering.extract import position_of
+from .scorers import MARKERS
+from .variants import Variant
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What `ablate` can be told."""
+
+    model: str
+    """Model folder, hub id, or `tiny-chat` (embedded)."""
+    positive: str
+    """Prompts that bring the behaviour out: a file; or one file with both sets (see above)."""
+    negative: str | None = None
+    """Prompts that do not: a file."""
+    positive_label: str | None = None
+    """Which of the two labels of a file is the positive one, where they are not harmful/harmless or the like."""
+    output: str = ""
+    """Folder to write: adapter (or with --fuse the model), direction, metrics and report. It must be new or empty."""
+    markers: tuple[str, ...] = ()
+    """Texts by which the behaviour shows in a reply, comma-separated, or a file with one per line; default: refusals."""
+    adapter: str | None = None
+    """Adapter folder (mlx-lm or PEFT) to start from: the result holds both."""
+    held_out: float = 0.25
+    """Share of both sets that is only measured on."""
+    limit: int = 256
+    """Most prompts of a set that the direction is taken from."""
+    eval_limit: int = 100
+    """Most held-out prompts of a set."""
+    select_prompts: int = 32
+    """Prompts of each set that candidates are tried on."""
+    method: Literal["mean", "pca", "logistic", "lda"] = "mean"
+    """mean: difference of the means; pca: first component of the pairs' differences."""
+    rank: int = 1
+    """Directions to remove: 1, or a subspace of so many (the mean difference first)."""
+    winsorise: float = 1.0
+    """Clamp each state to this quantile of its entries first (0.995 for models with outliers); 1 is off."""
+    prefix: bool = True
+    """Look for a prefix that all completions begin with, and take states behind it."""
+    position: str = "auto"
+    """Where states are taken: last (prompt token), -3, mean (over the model's completions), or auto: the best of them."""
+    block: str = "auto"
+    """Whose direction is removed everywhere: 12, auto (the best one), or per-block: each block its own."""
+    weight: str = "auto"
+    """How much of it: 1 all; above 1 makes up for the embeddings, which are left alone; auto: the least that suffices."""
+    attention_weight: float = 1.0
+    """What the weight is times for attention (convolutions and state spaces too)."""
+    mlp_weight: float = 1.0
+    """For MLPs."""
+    experts_weight: float = 1.0
+    """For the experts of a mixture."""
+    blocks: str | None = None
+    """Edit only these blocks: 12, 8-20 or 3,5,7-9."""
+    writers: tuple[str, ...] = ()
+    """Names of more layers that write to the stream, where the model has some that were not found."""
+    variant: Variant = "plain"
+    """projected, biprojected: without the negatives' mean; row-norm, column-norm: norms kept; affine: mean kept."""
+    extra_rank: int = 16
+    """Ranks by which an adapter comes near a variant that is of full rank; the error is told."""
+    max_kl: float = 0.1
+    """Nats: most first-token KL on the negatives that auto takes."""
+    search: bool = False
+    """Search weights by block with Optuna (extra `search`) instead of one weight for all."""
+    trials: int = 200
+    """Of the search."""
+    scorers: tuple[str, ...] = ("markers", "kl")
+    """What the search makes small: markers, kl, kl:8, perplexity:FILE, accuracy:FILE:VERIFIER, path.py:function."""
+    pick: str = "knee"
+    """Which trial of the front: knee, best-kl, or its number."""
+    journal: str | None = None
+    """File that a search goes on from; default: OUTPUT.search.jsonl beside the output."""
+    max_new_tokens: int = 100
+    """Most tokens of a completion that is measured; below 100 a behaviour that comes late is missed."""
+    kl_tokens: int = 32
+    """Tokens of the base's completions along which the KL is measured."""
+    text: str | None = None
+    """Text file for the perplexity; default: the base's completions of the negatives."""
+    batch_size: int = 64
+    """Completions generated at once."""
+    samples: int = 8
+    """Replies of each set shown side by side."""
+    fuse: bool = False
+    """Write a whole model with the edit in its weights, biases too, instead of an adapter."""
+    dequantize: bool = False
+    """--fuse: write a quantised model as float weights."""
+    force: bool = False
+    """--fuse: quantise the edited weights again, although that puts some of the direction back."""
+    seed: int = 0
+    """Of the split of the prompts, and of the search."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Compute dtype; auto is float32 on CPU, else the model's own."""
+    quantize: Literal[4, 8] | None = None
+    """Quantise the weights at load."""
+    cpu_dequantize: Literal["auto", "never"] = "auto"
+    """On CPU, quantised weights are dequantised to float32 at load, which is 30 times faster there."""
+    trust_remote_code: bool = False
+    """Let code in the model folder run."""
+    dry_run: bool = False
+    """Print the plan and how well each block separates the sets; write nothing."""
+    json: bool = False
+    """Print one JSON object instead of tables."""
+
+
+def check(settings: Settings, *, writes: bool = True) -> None:
+    """UserError for a value out of its range or two that do not go together, naming the flag.
+
+    writes: an output is asked for, unless it is a dry run.
+    """
+    ranges = {
+        "held_out": (0 < settings.held_out < 1, "above 0 and below 1"),
+        "limit": (settings.limit >= 2, "at least 2"),
+        "eval_limit": (settings.eval_limit >= 1, "at least 1"),
+        "select_prompts": (settings.select_prompts >= 2, "at least 2"),
+        "rank": (settings.rank >= 1, "at least 1"),
+        "extra_rank": (settings.extra_rank >= 1, "at least 1"),
+        "winsorise": (0 < settings.winsorise <= 1, "above 0 and at most 1"),
+        "max_kl": (settings.max_kl > 0, "above 0"),
+        "trials": (settings.trials >= 1, "at least 1"),
+        "max_new_tokens": (settings.max_new_tokens >= 1, "at least 1"),
+        "kl_tokens": (settings.kl_tokens >= 1, "at least 1"),
+        "batch_size": (settings.batch_size >= 1, "at least 1"),
+        "samples": (settings.samples >= 0, "0 or more"),
+    }
+    for name, (holds, expected) in ranges.items():
+        if not holds:
+            raise UserError(f"--{name.replace('_', '-')} must be {expected}, got {getattr(settings, name)}.")
+    if settings.position != "auto":
+        position_of(settings.position)
+    weight_of(settings)
+    if settings.block not in ("auto", "per-block") and not settings.block.isdecimal():
+        raise UserError(f"--block {settings.block}: expected auto, per-block, or the number of a block.")
+    _clashes(settings)
+    output = Path(settings.output)
+    if writes and not settings.output and not settings.dry_run:
+        raise UserError("--output is needed: the folder to write. --dry-run writes nothing.")
+    if settings.output and output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise UserError(f"--output {output}: exists and is not an empty folder. Give a new one.")
+
+
+def _clashes(settings: Settings) -> None:
+    fused = {"dequantize": settings.dequantize, "force": settings.force}
+    if alone := [name for name, on in fused.items() if on and not settings.fuse]:
+        raise UserError(f"--{alone[0]} is for --fuse: add it, or leave --{alone[0]} off.")
+    if settings.variant == "affine" and not settings.fuse:
+        raise UserError(
+            "--variant affine needs a bias, which no adapter holds: add --fuse (float weights), or ablate at inference "
+            "instead: mlx-realign steer generate --operator affine."
+        )
+    if settings.fuse and settings.adapter:
+        raise UserError(
+            "--fuse with --adapter: fuse the adapter first (mlx-realign export --to fused), or drop --fuse."
+        )
+    if settings.rank > 1 and settings.method != "mean":
+        raise UserError(f"--rank {settings.rank} begins with the mean difference: it goes with --method mean only.")
+    if settings.rank > 1 and settings.variant in ("projected", "biprojected"):
+        raise UserError(f"--rank {settings.rank} and --variant {settings.variant} do not go together: use --rank 1.")
+    if settings.search and (settings.rank > 1 or settings.weight != "auto" or settings.block != "auto"):
+        raise UserError(
+            "--search finds block and weights itself, for one direction: leave --block, --weight, --rank off."
+        )
+
+
+def weight_of(settings: Settings) -> float | None:
+    """--weight as a number, None for auto."""
+    if settings.weight == "auto":
+        return None
+    try:
+        weight = float(settings.weight)
+    except ValueError:
+        weight = float("nan")
+    if not abs(weight) < float("inf"):
+        raise UserError(f"--weight {settings.weight}: expected auto or a number, 1 for all of the direction.")
+    return weight
+
+
+def markers_of(settings: Settings) -> tuple[str, ...]:
+    """--markers, read from a file where it names one. UserError where there is none in it."""
+    if not settings.markers:
+        return MARKERS
+    path = Path(settings.markers[0]).expanduser()
+    if len(settings.markers) == 1 and path.is_file():
+        found = tuple(line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip())
+        if not found:
+            raise UserError(f"--markers {path}: holds no line. Give one marker per line.")
+        return found
+    return settings.markers
