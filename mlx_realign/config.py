@@ -94,6 +94,8 @@ class TrainSettings:
     """Rank-stabilised scale (arXiv:2312.03732)."""
     full: bool = False
     """Train all weights instead of an adapter."""
+    steer: str | None = None
+    """Directions, FILE or FILE:coefficient with commas between, added in training only: what they do is not learned."""
     quantize: Literal[4, 8] | None = None
     """Quantise the base at load (QLoRA)."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
@@ -116,6 +118,7 @@ class TrainSettings:
     """One JSON object per line on standard output instead of a progress bar."""
 
 
+COMMANDS = {"abliteration": ("ablate",), "steering": ("steer", "extract")}  # methods that have no loss to train by
 SHAPE = ("lora_rank", "lora_alpha", "lora_targets", "lora_layers", "dora", "rslora")  # an adapter folder fixes these
 
 
@@ -125,6 +128,19 @@ class Run(NamedTuple):
     settings: TrainSettings
     method: str
     config: Any  # the method's own frozen `Config`
+
+
+def handed_over(argv: Sequence[str]) -> list[str] | None:
+    """The words of the command that a method of COMMANDS is, the recipe's keys as its flags; None for other methods."""
+    words = list(argv)
+    recipe, method = _take(words, "--config"), _take(words, "--method")
+    values = _read_recipe(recipe) if recipe is not None else {}
+    chosen = values.pop("method", ("", None))[1] if method is None else method
+    if chosen not in COMMANDS:
+        return None
+    values.pop("method", None)
+    flags = [word for key, (_, value) in values.items() for word in _as_flag("--" + key.replace("_", "-"), value)]
+    return [*COMMANDS[chosen], *flags, *words]
 
 
 def parse(argv: Sequence[str]) -> Run:
@@ -217,7 +233,16 @@ def _require(settings: TrainSettings, name: str, expected: str, holds: Any) -> N
         raise UserError(f"--{name.replace('_', '-')} must be {expected}, got {value}.")
 
 
+def _as_flag(flag: str, value: Any) -> list[str]:
+    """A recipe's value on the command line."""
+    if isinstance(value, bool):
+        return [flag if value else flag.replace("--", "--no-", 1)]
+    return [f"{flag}={','.join(map(str, value)) if isinstance(value, list) else value}"]
+
+
 def _fields(method: str) -> dict[str, Field]:
+    if method in COMMANDS:
+        raise UserError(f"--method {method} is a command of its own: mlx-realign {' '.join(COMMANDS[method])}.")
     return fields_of(TrainSettings) | fields_of(_methods().find(method).Config)
 
 
@@ -259,7 +284,10 @@ def _read_recipe(name: str) -> dict[str, tuple[str, Any]]:
 
 def _print_help(method: str | None) -> NoReturn:
     print("usage: mlx-realign train --method NAME --model MODEL --data DATA [--config RECIPE] [flags]\n")
-    print(f"Methods: {', '.join(_methods().names())}. Flags override the TOML recipe; its keys are the flags' names.\n")
+    print(f"Methods: {', '.join(_methods().names())}. Flags override the TOML recipe; its keys are the flags' names.")
+    for name, words in COMMANDS.items():
+        print(f"--method {name} is `mlx-realign {' '.join(words)}` with the same flags.")
+    print()
     if method is None:
         print("A method's own settings: mlx-realign train --method NAME --help\n")
     else:

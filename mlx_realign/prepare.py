@@ -33,6 +33,11 @@ def refuse_pointless(settings: TrainSettings, module: Any, own: Any) -> None:
             "--full: --kl-coef asks the reference about new completions at every step, and there is no second copy of "
             "the weights; train an adapter, or drop --kl-coef"
         )
+    if settings.steer and (module.FORMAT == "groups" or module.reference(own)):
+        raise UserError(
+            "--steer is for methods that look at the policy alone, sft, orpo and cpo: here its log-probs are compared "
+            "with those of a reference, or of the policy that generated, and these are not steered"
+        )
     if settings.lora_dropout and module.FORMAT != "sft":
         raise UserError("--lora-dropout is for sft: here the noise would stand between log-probs that are compared")
     if settings.full and settings.adapter:

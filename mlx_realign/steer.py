@@ -90,7 +90,7 @@ def generate_command(argv: list[str]) -> int:
     policy.tokenizer.eos_token_ids = policy.tokenizer.eos_token_ids | data.stop_ids(policy.tokenizer)
     if settings.seed is not None:
         mx.random.seed(settings.seed)
-    with put_on(policy, *steers_of(settings, policy)) as steering:
+    with put_on(policy, *steers_of(settings, policy, force=settings.force)) as steering:
         if text is None:
             import readline  # noqa: F401 - line editing for input()
 

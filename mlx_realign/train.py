@@ -8,6 +8,7 @@ import math
 import sys
 import time
 from functools import partial
+from importlib import import_module
 from itertools import chain
 from pathlib import Path
 from types import ModuleType
@@ -29,6 +30,7 @@ from .prepare import Rows
 from .progress import Reporter, duration
 from .reference import Reference
 from .runfolder import RunFolder
+from .steering.train_with import TrainWith
 from .sums import add, averages, number_of
 
 SHOWN = 300  # characters of a prompt's end and of a completion's beginning
@@ -36,6 +38,8 @@ SHOWN = 300  # characters of a prompt's end and of a completion's beginning
 
 def main(argv: list[str]) -> int:
     """The command: 0 done, 1 a fault, 2 wrong input, 130 interrupted after saving."""
+    if words := config.handed_over(argv):
+        return import_module(f".{words[0]}", __package__).main(words[1:])
     settings, method, own = config.parse(argv)
     with Reporter(as_json=settings.json) as reporter:
         try:
@@ -96,7 +100,7 @@ def run(
     found = facts(loop) | {"self_check": checks.results}
     if settings.dry_run:
         found |= estimate(loop)
-        loop.feed.close()
+        loop.close()
         reporter.facts(found)
         return found
     folder.open(loop.identity, found)
@@ -141,6 +145,8 @@ class Loop:
         self.drift = drift.Drift(policy, settings, probed, self.steps, relative=from_start)
         self.best: tuple[float, int] | None = None  # loss and step of the best evaluation
         self.peak_gb = 0.0
+        self.steered = TrainWith(policy, settings.steer)
+        self.identity |= {"steer": self.steered.identity} if self.steered.steers else {}
 
     # ------------------------------------------------------------------ the loop
 
@@ -159,7 +165,7 @@ class Loop:
         except Fault as fault:
             raise Fault(f"{fault}. {self.folder.left_behind()}") from fault
         finally:
-            self.feed.close()
+            self.close()
 
     def loop(self) -> None:
         """THE loop."""
@@ -206,7 +212,8 @@ class Loop:
         lines, tokens = [], 0
         for micro in self.feed.window(number):
             self.set_dropout(micro.place)
-            part, slope = self.policy.gradients(micro.batch, self.loss)
+            with self.steered.gradients():
+                part, slope = self.policy.gradients(micro.batch, self.loss)
             out, grads = (part, slope) if out is None else (add(out, part), add(grads, slope))
             lines.append((micro.lines, part.total))
             tokens += micro.tokens
@@ -276,6 +283,11 @@ class Loop:
         return self.folder.last_row()
 
     # ------------------------------------------------------------------ going on and stopping
+
+    def close(self) -> None:
+        """The policy is left as it was but for its weights."""
+        self.feed.close()
+        self.steered.remove()
 
     def save(self) -> None:
         """A checkpoint at this step; older ones go, but for the best and the one to roll back to."""

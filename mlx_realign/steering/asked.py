@@ -9,7 +9,7 @@ import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 from .. import vectors
 from ..errors import UserError
@@ -104,8 +104,8 @@ def split(text: str) -> tuple[str, float | None]:
         return text, None
 
 
-def steers_of(settings: Any, policy: Policy) -> list[Steer]:
-    """One Steer per --steer, its file checked against the model. settings: SteerFlags with ModelFlags' `force`.
+def steers_of(settings: SteerFlags, policy: Policy, *, force: bool = False) -> list[Steer]:
+    """One Steer per --steer, its file checked against the model (vectors.load says what `force` lets pass).
 
     UserError for a file that cannot be used, a coefficient that is no finite number, blocks that it does not have.
     """
@@ -114,7 +114,7 @@ def steers_of(settings: Any, policy: Policy) -> list[Steer]:
         file, coefficient = split(text)
         if coefficient is not None and not abs(coefficient) < float("inf"):
             raise UserError(f"--steer {text}: the coefficient must be a finite number.")
-        direction = vectors.load(file, policy=policy, force=settings.force)
+        direction = vectors.load(file, policy=policy, force=force)
         found.append(steer_of(direction, settings, coefficient, file))
     return found
 

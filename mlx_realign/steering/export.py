@@ -60,7 +60,7 @@ def command(argv: list[str]) -> int:
             "--adapter: the folder would lack it. Fuse it into a model first: mlx-realign export --to fused."
         )
     policy = load_model(settings, *settings.steer)
-    steers = steers_of(settings, policy)
+    steers = steers_of(settings, policy, force=settings.force)
     for line in export(policy, steers, settings):
         print(line)
     return 0

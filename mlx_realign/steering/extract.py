@@ -112,7 +112,7 @@ def command(argv: list[str]) -> int:
     console = Console()
     console.print(steerability.table(found.separations))
     for line in report.remarks(found, settings, contrast, policy):
-        console.print(line, highlight=False, markup=False)
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
     if not plot:
         print("no plot: pip install 'mlx-realign[plots]' for it", file=sys.stderr)
     return 0
@@ -252,8 +252,7 @@ def calibrated(
     steer = Steer(direction, 1.0, operator=settings.operator, positions=settings.positions)
     step = max(1, len(contrast.negative) // CALIBRATION_PROMPTS)
     prompts = contrast.negative[::step][:CALIBRATION_PROMPTS]
-    made = calibrate(policy, steer, prompts, budget_nats=settings.kl_budget)
-    effect = {"kl_budget_nats": settings.kl_budget, "kl_p95_nats": made.trials[-1].kl}
-    measured = direction.about.measured | effect
+    made = calibrate(policy, steer, capture.encode(policy, prompts), budget_nats=settings.kl_budget)
+    measured = direction.about.measured | {"kl_p95_nats": round(made.kl, 4)}
     about = replace(direction.about, coefficient=made.coefficient, measured=measured)
     return replace(direction, about=about), made

@@ -30,7 +30,7 @@ def facts(found: "Extracted", settings: "Settings", contrast: Contrast) -> dict[
         "prefix": found.prefix,
         "warning": found.warning,
         "measured": about.measured,
-        "trials": [trial._asdict() for trial in found.calibration.trials] if found.calibration else [],
+        "calibration": [one._asdict() for one in found.calibration.table] if found.calibration else [],
     }
 
 
@@ -45,12 +45,15 @@ def remarks(found: "Extracted", settings: "Settings", contrast: Contrast, policy
     where = f"block {spans(list(about.blocks))}, {about.operator}, positions {about.positions}"
     lines.append(f"meant for {where}")
     if found.calibration and about.coefficient is not None:
-        last = found.calibration.trials[-1]
         share = about.coefficient * direction.norm(about.blocks[0]) / direction.median_norm[about.blocks[0]]
         lines.append(
             f"coefficient {about.coefficient:.3g}, {share:.0%} of the median state there: 95% of tokens move "
-            f"by at most {last.kl:.2f} nats"
+            f"by at most {found.calibration.kl:.2f} nats"
         )
+        if not found.calibration.reached:
+            lines.append(
+                f"warning: {settings.kl_budget:g} nats could not be met; try that coefficient before you use it"
+            )
     lines.append(f"written to {settings.output}; use it: mlx-realign steer generate --steer {settings.output}")
     return lines
 
@@ -74,8 +77,9 @@ def extraction(found: "Extracted", settings: "Settings", contrast: Contrast, pol
         parts.append(f"![separation by block]({plot.name})")
     if found.calibration:
         parts.append(f"## Strength: the coefficient at which 95% of tokens move by {settings.kl_budget:g} nats")
-        trials = [[f"{trial.coefficient:.4g}", f"{trial.kl:.3f}"] for trial in found.calibration.trials]
-        parts.append(table(["coefficient", "KL(steered, base), 95th percentile of tokens, nats"], trials))
+        tried = [[f"{one.coefficient:.4g}", *(f"{x:.3f}" for x in one[1:])] for one in found.calibration.table]
+        parts.append(table(["coefficient", "KL per token: 95th percentile", "mean", "largest"], tried))
+        parts.append(f"KL(steered || base) in nats over {found.calibration.tokens} tokens that the base model says.")
     parts.append("## From")
     rest = {"model": about.base_model, "weights": about.base_hash, "data": about.data_hash, "position": about.position}
     parts.append(table(["what", "value"], [[name, f"`{value}`"] for name, value in rest.items()]))
