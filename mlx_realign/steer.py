@@ -13,9 +13,8 @@
 
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from importlib import import_module
 from types import ModuleType
 from typing import Any
 
@@ -30,44 +29,26 @@ from . import cli, data, flags, generate, rollout, taps
 from .errors import UserError
 from .policy import Policy
 from .sampling import Sampling
-from .steering import Steering
+from .steering import Steering, evaluate, export, extract, monitor, screen
 from .steering import steer as put_on
-from .steering.asked import ModelFlags, SteerFlags, joined, load_model, steers_of
-
-COMMANDS = {  # name -> file in steering/; generate is below
-    "extract": "extract",
-    "generate": "",
-    "eval": "evaluate",
-    "export": "export",
-    "monitor": "monitor",
-    "screen": "screen",
-}
-
-
-def main(argv: list[str]) -> int:
-    """The command; returns 0."""
-    name, *words = argv or ["--help"]
-    if name in ("-h", "--help"):
-        print(f"usage: mlx-realign steer {{{','.join(COMMANDS)}}} [flags]\n\n{(__doc__ or '').strip()}")
-        return 0
-    if name not in COMMANDS:
-        raise UserError(
-            f"steer has no command {name!r}.{flags.nearest(name, COMMANDS)} There are {', '.join(COMMANDS)}."
-        )
-    words = joined(words)
-    if name == "generate":
-        return generate_command(words)
-    return import_module(f".steering.{COMMANDS[name]}", __package__).command(words)
+from .steering.asked import SteerFlags, UseFlags, joined, load_model, steers_of
+from .steering.evaluate import Settings as EvalSettings
+from .steering.export import Settings as ExportSettings
+from .steering.extract import Settings as ExtractSettings
+from .steering.monitor import Settings as MonitorSettings
+from .steering.screen import Settings as ScreenSettings
 
 
 @dataclass(frozen=True, kw_only=True)
-class GenerateSettings(ModelFlags, SteerFlags, generate.Settings):
+class GenerateSettings(UseFlags, SteerFlags, generate.Settings):
     """What `steer generate` can be told."""
 
-    model: str = ""
-    """Model folder, hub id, or `tiny-chat` (embedded); default: the one the direction was made on."""
     compare: bool = False
     """Also print what the model says without steering."""
+
+    def __post_init__(self) -> None:
+        if not self.steer:
+            raise UserError("--steer is needed: the file of a direction, mood.safetensors or mood.safetensors:2.5 say.")
 
 
 GENERATE = """Talk to a steered model: one prompt, or a chat that remembers its turns.
@@ -79,11 +60,8 @@ Several directions are applied in their order. Without --prompt, text piped in i
 """
 
 
-def generate_command(argv: list[str]) -> int:
+def talk(settings: GenerateSettings) -> int:
     """`mlx-realign steer generate`; returns 0."""
-    settings = flags.parse(GenerateSettings, argv, prog="mlx-realign steer generate", doc=GENERATE)
-    if not settings.steer:
-        raise UserError("--steer is needed: the file of a direction, such as mood.safetensors or mood.safetensors:2.5.")
     generate.check(settings)
     text = text_of(settings)
     policy = load_model(settings, *settings.steer)
@@ -144,6 +122,34 @@ def compare(policy: Policy, settings: GenerateSettings, steering: Steering, text
         table.add_column(name, ratio=1, overflow="fold")
     table.add_row(*(Text(words) for words in said.values()))
     Console().print(table)
+
+
+Command = tuple[type, Callable[[Any], int], str | None]
+
+COMMANDS: dict[str, Command] = {
+    "extract": (ExtractSettings, extract.command, extract.__doc__),
+    "generate": (GenerateSettings, talk, GENERATE),
+    "eval": (EvalSettings, evaluate.command, evaluate.__doc__),
+    "export": (ExportSettings, export.command, export.__doc__),
+    "monitor": (MonitorSettings, monitor.command, monitor.__doc__),
+    "screen": (ScreenSettings, screen.command, screen.__doc__),
+}
+
+
+def main(argv: list[str]) -> int:
+    """The command; returns 0."""
+    name, *words = argv or ["--help"]
+    if name in ("-h", "--help"):
+        print(f"usage: mlx-realign steer {{{','.join(COMMANDS)}}} [flags]\n\n{(__doc__ or '').strip()}")
+        return 0
+    if name not in COMMANDS:
+        raise UserError(
+            f"steer has no command {name!r}.{flags.nearest(name, COMMANDS)} There are {', '.join(COMMANDS)}."
+        )
+    settings, run, doc = COMMANDS[name]
+    positional = ("data",) if name == "screen" else ()
+    options = {"prog": f"mlx-realign steer {name}", "doc": doc or "", "positional": positional}
+    return run(flags.parse(settings, joined(words), **options))
 
 
 class _Callable(ModuleType):

@@ -25,8 +25,8 @@ Operator = Literal["add", "add_norm", "ablate", "ablate_add", "clamp", "affine",
 class ModelFlags:
     """How the model is loaded."""
 
-    model: str = ""
-    """Model folder, hub id, or `tiny-chat` (embedded); default: the one the direction was made on."""
+    model: str
+    """Model folder, hub id, or `tiny-chat` (embedded)."""
     adapter: str | None = None
     """Adapter folder (mlx-lm or PEFT) to apply."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
@@ -37,6 +37,14 @@ class ModelFlags:
     """On CPU, quantised weights are dequantised to float32 at load, which is 30 times faster there."""
     trust_remote_code: bool = False
     """Let code in the model folder run."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class UseFlags(ModelFlags):
+    """How a model is loaded for a direction that was made on it."""
+
+    model: str = ""
+    """Model folder, hub id, or `tiny-chat` (embedded); default: the one the direction was made on."""
     force: bool = False
     """Use a direction on other weights than those it was made on (of the same width and number of blocks)."""
 

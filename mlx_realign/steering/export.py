@@ -21,11 +21,10 @@ import numpy as np
 
 from .. import fingerprint, gguf_vectors, vectors
 from ..errors import UserError
-from ..flags import parse
 from ..policy import Policy
 from ..vectors import About, Direction
 from .apply import steer
-from .asked import ModelFlags, SteerFlags, load_model, steers_of
+from .asked import SteerFlags, UseFlags, load_model, steers_of
 from .baked import Baked, bias_folder, embedding_adapter
 from .spec import Steer
 
@@ -34,7 +33,7 @@ FINEST = 1e-3  # nats: a steering that changes less is not told from rounding
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings(ModelFlags, SteerFlags):
+class Settings(UseFlags, SteerFlags):
     """What `steer export` can be told."""
 
     to: Literal["mlx-lm", "gguf"]
@@ -45,9 +44,8 @@ class Settings(ModelFlags, SteerFlags):
     """mlx-lm: copy the model's weights instead of linking them."""
 
 
-def command(argv: list[str]) -> int:
+def command(settings: Settings) -> int:
     """`mlx-realign steer export`; returns 0."""
-    settings = parse(Settings, argv, prog="mlx-realign steer export", doc=__doc__ or "")
     if not settings.steer:
         raise UserError("--steer is needed: the file of a direction, such as mood.safetensors or mood.safetensors:2.5.")
     output = Path(settings.output)

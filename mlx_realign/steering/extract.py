@@ -21,7 +21,6 @@ from rich.console import Console
 
 from .. import capture, directions, fingerprint, rollout, steerability, vectors
 from ..errors import UserError
-from ..flags import parse
 from ..policy import Policy
 from ..sampling import Sampling
 from ..steerability import Separation
@@ -60,9 +59,9 @@ class Settings(ModelFlags):
     block: str = "auto"
     """Blocks it is meant for: auto (the one that separates best), 12, or a range such as 8-14."""
     prefix: bool = True
-    """Look for a prefix that all completions begin with, and take states behind it."""
+    """Take states at the end of the prompts, although all completions may begin alike."""
     projected: bool = False
-    """Take the negative mean's direction out of the vectors (arXiv:2512.13655)."""
+    """Take the negative mean's direction out of the vectors."""
     winsorise: float = 1.0
     """Clamp each state to this quantile of its entries first (0.995 for models with outliers); 1 is off."""
     operator: Operator = "add"
@@ -70,7 +69,7 @@ class Settings(ModelFlags):
     positions: str = "all"
     """Tokens it is meant to act on: all, prompt, generated, last or start:stop."""
     calibrate: bool = True
-    """Find the coefficient at which 95% of tokens move by at most --kl-budget."""
+    """Do not look for the coefficient at which 95% of tokens move by at most --kl-budget."""
     kl_budget: float = 1.0
     """Nats: KL to the model without it, per token of 20 greedy ones."""
     max_new_tokens: int = 64
@@ -89,13 +88,10 @@ class Extracted(NamedTuple):
     prefix: list[int]  # tokens that all completions begin with
 
 
-def command(argv: list[str]) -> int:
+def command(settings: Settings) -> int:
     """`mlx-realign steer extract`; returns 0."""
-    settings = parse(Settings, argv, prog="mlx-realign steer extract", doc=__doc__ or "")
     check(settings)
     contrast = pairs.read(settings.positive, settings.negative, positive_label=settings.positive_label)
-    if not settings.model:
-        raise UserError("--model is needed: the model that the direction is extracted on.")
     with Console(stderr=True).status(f"loading {settings.model}") as status:
         policy = load_model(settings)
         found = extract(policy, contrast, settings, say=status.update)

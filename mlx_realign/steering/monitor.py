@@ -20,17 +20,16 @@ from rich.text import Text
 from .. import capture, rollout, vectors
 from ..data import encode_prompt
 from ..errors import UserError
-from ..flags import parse
 from ..policy import Policy
 from ..sampling import Sampling
 from ..vectors import Direction
-from .asked import ModelFlags, load_model
+from .asked import UseFlags, load_model
 
 COLD, PLAIN, WARM = (70, 110, 220), (235, 235, 235), (220, 70, 60)  # colours of 0, one half and 1
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings(ModelFlags):
+class Settings(UseFlags):
     """What `steer monitor` can be told."""
 
     direction: str
@@ -93,9 +92,8 @@ def trace(policy: Policy, tokens: Sequence[int], scale: Scale) -> np.ndarray:
     return scale.of(capture.collect(policy, [list(tokens)], positions=every, blocks=[scale.block])[0, 0])
 
 
-def command(argv: list[str]) -> int:
+def command(settings: Settings) -> int:
     """`mlx-realign steer monitor`; returns 0."""
-    settings = parse(Settings, argv, prog="mlx-realign steer monitor", doc=__doc__ or "")
     for name in ("prompt", "completion"):
         if (text := getattr(settings, name)) is not None and not text.strip():
             raise UserError(f"--{name} is empty: there is nothing to look at.")

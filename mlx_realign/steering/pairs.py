@@ -82,6 +82,19 @@ def prompts_of(given: Given, flag: str = "--prompts") -> list[Prompt]:
     return [entry.prompt for entry in _entries(given, flag) if not entry.pair or entry.label == "positive"]
 
 
+def rows_of(given: Given, flag: str = "--prompts") -> list[tuple[Prompt, dict[str, Any]]]:
+    """Prompts with the rows they stand in, for those who need more of a row. UserError where there are none."""
+    found = []
+    for where, row in _rows(given, flag):
+        try:
+            found.append((_read_row(row, where)[0].prompt, row))
+        except RowError as error:
+            raise UserError(f"{where}: {error}") from None
+    if not found:
+        raise UserError(f"{flag} {given if isinstance(given, str | Path) else 'the list'}: holds no prompt.")
+    return found
+
+
 def _entries(given: Given, flag: str) -> Iterator[Entry]:
     """Every prompt of a file or list. UserError for the first row that cannot be read, and where there is none."""
     found = False

@@ -82,7 +82,7 @@ def extraction(found: "Extracted", settings: "Settings", contrast: Contrast, pol
         parts.append(f"KL(steered || base) in nats over {found.calibration.tokens} tokens that the base model says.")
     parts.append("## From")
     rest = {"model": about.base_model, "weights": about.base_hash, "data": about.data_hash, "position": about.position}
-    parts.append(table(["what", "value"], [[name, f"`{value}`"] for name, value in rest.items()]))
+    parts.append(table(["what", "value"], [[name, f"`{value}`"] for name, value in rest.items()], numbers=False))
     return "\n\n".join(parts) + "\n"
 
 
@@ -92,7 +92,7 @@ def interval(value: Sequence[float]) -> str:
     return f"{middle:.2f} ({low:.2f} to {high:.2f})"
 
 
-def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table, numbers to the right."""
-    lines = [head, ["---:"] * len(head), *rows]
+def table(head: Sequence[str], rows: Sequence[Sequence[str]], *, numbers: bool = True) -> str:
+    """A Markdown table; numbers stand to the right."""
+    lines = [[" ".join(name.split()) for name in head], ["---:" if numbers else "---"] * len(head), *rows]
     return "\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines)

@@ -28,9 +28,8 @@ from ..data import source as sources
 from ..data.encode import Encoder
 from ..data.messages import RowError
 from ..errors import UserError
-from ..flags import parse
 from ..policy import Policy
-from .asked import ModelFlags, load_model
+from .asked import UseFlags, load_model
 from .monitor import Scale, scale_of
 
 PIECE = 512  # rows scored at a time
@@ -39,7 +38,7 @@ BEFORE_SFT = ("pairs", "unpaired", "groups")  # formats whose keys say more than
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings(ModelFlags):
+class Settings(UseFlags):
     """What `steer screen` can be told."""
 
     data: str
@@ -71,10 +70,8 @@ class Scored(NamedTuple):
     scores: list[float]
 
 
-def command(argv: list[str]) -> int:
+def command(settings: Settings) -> int:
     """`mlx-realign steer screen`; returns 0."""
-    words = {"prog": "mlx-realign steer screen", "doc": __doc__ or ""}
-    settings = parse(Settings, argv, positional=("data",), **words)
     output = Path(settings.output)
     if output.exists():
         raise UserError(f"--output {output}: exists already. Give a new file.")
