@@ -39,14 +39,14 @@ def run(name: str, coefficient: Any, h: np.ndarray = H, dtype: mx.Dtype = mx.flo
     return operators.find(name)(mx.array(h.astype(np.float32)).astype(dtype), strength, **given)
 
 
-def expected(name: str) -> np.ndarray:
+def expected(name: str, states: np.ndarray = H) -> np.ndarray:
     """At coefficient 1, token by token and by the formulas as published."""
-    out = np.zeros_like(H)
+    out = np.zeros_like(states)
     p = parts(name)
     for b in range(3):
         u, w, v = U[b, 0], U[b, 1], V[b]
         for t in range(5):
-            h = H[b, t]
+            h = states[b, t]
             s = float(h @ u)
             if name == "add":
                 out[b, t] = h + v
@@ -166,3 +166,17 @@ def test_schedules_are_read_and_refused():
     for text in ("linear", "linear:0", "linear:x", "decay:3:1", "constant:3", "lineer:3", "linear:inf"):
         with pytest.raises(UserError, match="schedule"):
             schedule.read(text)
+
+
+@pytest.mark.parametrize("name", operators.OPERATORS)
+def test_gradients_go_through_an_operator(name):
+    """Training with steering on: slopes along random ways against differences of the formula in float64."""
+    rng = np.random.default_rng(5)
+    weights, way = rng.normal(size=H.shape), rng.normal(size=H.shape)
+    given = {part: mx.array(np.asarray(value, np.float32)) for part, value in parts(name).items()}
+    strength = mx.ones((3, 1, 1))
+    total = lambda h: (operators.find(name)(h, strength, **given) * mx.array(weights.astype(np.float32))).sum()  # noqa: E731
+    slope = float((np.array(mx.grad(total)(mx.array(H.astype(np.float32)))).astype(np.float64) * way).sum())
+    step = 1e-6
+    ahead, behind = (float((expected(name, H + s * step * way) * weights).sum()) for s in (1, -1))
+    assert slope == pytest.approx((ahead - behind) / (2 * step), rel=1e-3, abs=1e-3)

@@ -6,7 +6,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
-from policy_tools import Numbers, make_policy
+from policy_tools import Numbers, make_examples, make_policy
 from test_steering_apply import direction, model_of, of
 
 from mlx_realign import data, rollout, taps
@@ -165,6 +165,30 @@ def test_what_was_compiled_with_one_operator_is_not_used_for_another():
     for name in ("add_norm", "ablate"):
         with steer(model, of(name, 1, positions="prompt")):
             np.testing.assert_allclose(np.array(compiled(tokens)), np.array(model(tokens)), atol=1e-4)
+
+
+@pytest.mark.parametrize(("stock", "ours"), [("all", "all"), ("generated", "-1:"), ("prompt", ":-1"), ("2:7", "2:7")])
+def test_mlx_lm_s_own_batches_are_steered_at_the_same_tokens(stock, ours):
+    """Padded prompts of unequal lengths through mlx-lm's generator, which takes a prompt's last token as generated."""
+    policy = policy_of("llama")
+    steers = {name: [of("add", 1, coefficient=0.4, positions=name), of("ablate", 2)] for name in (stock, ours)}
+    with steer(policy, *steers[ours]):
+        expected = rollout.rollout(policy, PROMPTS, GREEDY)
+    policy.sharing = False
+    with steer(policy, *steers[stock]):
+        for rows in (64, 2):
+            for (one,), (other,) in zip(rollout.rollout(policy, PROMPTS, GREEDY, rows=rows), expected, strict=True):
+                same(one, other)
+
+
+def test_parts_of_a_batch_on_threads_of_their_own_are_steered_alike():
+    policies = [make_policy("llama", rank=0, workers=workers) for workers in (1, 2)]
+    examples = make_examples([(7, [5, 9]), (3, [12, 1]), (9, [7])])
+    totals = []
+    for policy in policies:
+        with steer(policy, of("ablate", 1, positions="generated"), of("add", 2, schedule=Schedule("decay", 2))):
+            totals.append(np.array(policy.token_logps(data.collate(examples))))
+    np.testing.assert_allclose(totals[0], totals[1], atol=1e-4)
 
 
 def test_what_a_way_of_generating_cannot_do_is_said():
