@@ -16,7 +16,8 @@ from ..writers import Writer
 from .edit import Edit
 
 Component = Literal["attention", "mlp"]
-WEIGHTS: dict[Component, tuple[float, float]] = {"attention": (0.8, 1.5), "mlp": (-0.25, 1.5)}  # below 0 counts as 0
+COMPONENTS: tuple[Component, ...] = ("attention", "mlp")
+WEIGHTS = {"attention": (0.8, 1.5), "mlp": (-0.25, 1.5)}  # the highest of a tent; below 0 counts as 0
 POSITION = (0.6, 1.0)  # of a tent's top, as a share of the last block
 REACH = 0.6  # a tent's longest distance, as a share of the last block
 SOURCE = (0.4, 0.9)  # where a direction for all blocks is taken from, as a share of the last block
@@ -81,7 +82,7 @@ class Kernel:
 class Space(NamedTuple):
     """What kernels a search draws."""
 
-    components: tuple[Component, ...]
+    components: Sequence[Component]
     last: int  # the last block, 0-based
     sources: tuple[float, float] | None  # where a direction for all blocks may lie; None: it has vectors too far apart
     per_block: bool  # whether every writer's block has a vector of its own
@@ -117,7 +118,8 @@ def space_of(writers: Sequence[Writer], direction: Direction, blocks: int) -> Sp
         sources = (low, high)
     else:
         sources = None if per_block else (float(max(there)), float(max(there)))
-    components = tuple(name for name in WEIGHTS if any(component(writer) == name for writer in writers))
+    written = {component(writer) for writer in writers}
+    components = [name for name in COMPONENTS if name in written]
     return Space(components, last, sources, per_block)
 
 

@@ -123,7 +123,7 @@ def plot(
         if some:
             face = "none" if pruned else "tab:blue"
             axes.scatter(*zip(*some, strict=True), s=16, facecolors=face, edgecolors="tab:blue", alpha=0.5, label=label)
-    best = [points[trial.number] for trial in front(trials, scorers)]
+    best = [points[trial.number] for trial in front(trials, scorers)[::-1]]
     axes.plot(*zip(*best, strict=True), drawstyle="steps-post", color="tab:orange", marker="o", ms=4, label="front")
     axes.scatter(*coarse(base, scorers)[1::-1], marker="s", color="black", label="unedited")
     if chosen is not None:

@@ -184,9 +184,10 @@ class _Search:
         for i, scorer in self.give.items():
             value = scorer.value(self.slots.logps(slot, scorer.texts))
             attempt.scores[i] = min(value, WORST)
-        for i, scorer in self.ask.items() if self.runner and not self._too_far(attempt) else ():
-            for index, prompt in enumerate(scorer.prompts):
-                self.runner.add(Job(_number(asked), i, index), slot, prompt)
+        if self.runner is not None and not self._too_far(attempt):
+            for i, scorer in self.ask.items():
+                for place, prompt in enumerate(scorer.prompts):
+                    self.runner.add(Job(_number(asked), i, place), slot, prompt)
         return attempt
 
     def _too_far(self, attempt: Attempt) -> bool:
@@ -211,11 +212,11 @@ class _Search:
                 ended[job.scorer].append((job, text))
             elif scorer.decided(text):
                 row.done = True
-                by_number[job.trial].verdicts[job.scorer][job.index] = 1.0
+                by_number[job.trial].verdicts[job.scorer][job.prompt] = 1.0
         for i, some in ended.items():
-            scores = self.ask[i].judge([job.index for job, _ in some], [text for _, text in some]) if some else []
+            scores = self.ask[i].judge([job.prompt for job, _ in some], [text for _, text in some]) if some else []
             for (job, _), score in zip(some, scores, strict=True):
-                by_number[job.trial].verdicts[i][job.index] = score
+                by_number[job.trial].verdicts[i][job.prompt] = score
 
     def _settle(self, under_way: list[Attempt], best: list[tuple[float, ...]], study: "_Study") -> None:
         """Tell the study of trials that are whole, and of those that cannot reach the front any more."""
@@ -254,9 +255,8 @@ class _Study:
         self.journal = journal
         try:
             storage = JournalStorage(JournalFileBackend(str(journal)))
-            self.study = optuna.create_study(
-                storage=storage, study_name=STUDY, directions=["minimize"] * len(scorers), load_if_exists=True
-            )
+            sense = [optuna.study.StudyDirection.MINIMIZE] * len(scorers)
+            self.study = optuna.create_study(storage=storage, study_name=STUDY, directions=sense, load_if_exists=True)
         except (ValueError, KeyError, json.JSONDecodeError) as error:
             raise UserError(f"{journal}: is no journal of a search ({error}). Name another file.") from error
         for trial in self.study.get_trials(deepcopy=False, states=[optuna.trial.TrialState.RUNNING]):

@@ -144,9 +144,12 @@ class Slots:
 
     def _begun(self, texts: Sequence[Sequence[int]], most: int) -> tuple[int, ...]:
         """What all texts begin with, at most so many tokens; nothing where this model cannot share it."""
-        first, last = list(min(texts)), list(max(texts))  # in dictionary order: what these two share, all share
+        first, last = (
+            min(map(tuple, texts)),
+            max(map(tuple, texts)),
+        )  # in dictionary order: what these two share, all share
         alike = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), len(first))
-        return tuple(first[: min(alike, most)]) if self.policy.sharing else ()
+        return first[: min(alike, most)] if self.policy.sharing else ()
 
     def _start(self, slot: int, begun: tuple[int, ...]) -> list[PromptRecorder]:
         """Keys and values of a start in a slot's model, computed once."""
@@ -163,7 +166,7 @@ class Job(NamedTuple):
 
     trial: int
     scorer: int
-    index: int  # of the prompt
+    prompt: int  # its place among the prompts of that scorer
 
 
 class Runner:
@@ -295,7 +298,7 @@ def _set_threads(policy: Policy) -> None:
 
 
 def _readers(kind: Any, starts: Sequence[PromptRecorder], rows: Sequence[int]) -> list[Any]:
-    which = mx.array(rows, mx.int32)
+    which = mx.array(list(rows), mx.int32)
     return [kind(start, which) for start in starts]
 
 
