@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from policy_tools import make_model, make_policy
 
-from mlx_realign import data, writers
+from mlx_realign import data, taps, writers
 from mlx_realign.ablation import edit
 from mlx_realign.ablation.kernel import Kernel, Tent
 from mlx_realign.ablation.trial import Forced, Job, Runner, Slots, completions
@@ -48,7 +48,7 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
 
 def a_direction(policy: Policy, seed: int = 0) -> Direction:
     width = policy.body.hidden(mx.array([[1]])).shape[-1]
-    blocks = len(policy.model.layers)
+    blocks = len(taps.blocks(policy.model))
     rng = np.random.default_rng(seed)
     return Direction({block: rng.normal(size=width).astype(np.float32) for block in range(blocks)})
 

@@ -119,7 +119,7 @@ def space_of(writers: Sequence[Writer], direction: Direction, blocks: int) -> Sp
     else:
         sources = None if per_block else (float(max(there)), float(max(there)))
     written = {component(writer) for writer in writers}
-    components = [name for name in COMPONENTS if name in written]
+    components: list[Component] = [name for name in COMPONENTS if name in written]
     return Space(components, last, sources, per_block)
 
 
