@@ -17,45 +17,28 @@ import importlib.util
 import json
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import numpy as np
 from rich.console import Console
-from rich.table import Table
 
-from . import adapter, capture, cli, flags, rollout, steerability, vectors
+from . import adapter, capture, cli, flags, steerability, vectors
 from . import writers as writers_module
-from .ablation import edit, extraction, measure, report, select, tryout, variants
-from .ablation.edit import Applied, Edit
+from .ablation import edit, extraction, measure, planning, report, variants
+from .ablation.edit import Applied
 from .ablation.extraction import Extracted, Sets
 from .ablation.measure import Bench, Measured
-from .ablation.settings import Settings, check, markers_of, weight_of
+from .ablation.planning import Plan, Say
+from .ablation.settings import Settings, check, markers_of
 from .errors import UserError
 from .policy import Policy
-from .sampling import Sampling
 from .steering import pairs
 from .steering.pairs import Contrast
 from .vectors import Direction
 from .writers import Writer
-
-FULL = 3  # candidates whose completions are looked at
-
-Say = Callable[[str], None]
-
-
-@dataclass
-class Plan:
-    """What is to be done, and why."""
-
-    edits: list[Edit]
-    block: int | None  # whose direction all writers lose; None: each block its own
-    position: extraction.Position
-    lines: list[str] = field(default_factory=list)
-    tables: list[Table] = field(default_factory=list)
-    facts: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass
@@ -77,10 +60,8 @@ def main(argv: list[str]) -> int:
     contrast = pairs.read(settings.positive, settings.negative, positive_label=settings.positive_label)
     console = Console(stderr=settings.json)
     with Console(stderr=True).status(f"loading {settings.model}") as status:
-        options = {
-            name: getattr(settings, name) for name in ("dtype", "quantize", "cpu_dequantize", "trust_remote_code")
-        }
-        policy = Policy.load(settings.model, adapter=settings.adapter, **options)
+        loading = ("adapter", "dtype", "quantize", "cpu_dequantize", "trust_remote_code")
+        policy = Policy.load(settings.model, **{name: getattr(settings, name) for name in loading})
         for note in policy.notes:
             print(note, file=sys.stderr)
         found = run(policy, contrast, settings, say=status.update, console=console)
@@ -100,8 +81,8 @@ def ablate(
     """Ablate a policy in place, from Python, with fields of Settings as options; without `output` nothing is written.
 
     positive, negative: files as on the command line, or lists of prompts. The policy carries the edit as its adapter
-    afterwards (`fuse=True`: in its weights), next to one that it had; `policy.adapter_off()` is the base. Raises UserError
-    as the command does.
+    afterwards (`fuse=True`: in its weights), next to one that it had; `policy.adapter_off()` is the base. Raises
+    UserError as the command does.
     """
     fields = flags.fields_of(Settings)
     if unknown := next((name for name in options if name not in fields), None):
@@ -127,11 +108,8 @@ def run(
     lines = [*told_sets(sets), *lines, *told_prefix(extracted)]
     if settings.dry_run:
         return dry_run(extracted, writers, lines, settings, show)
-    plan = (
-        searched(extracted, sets, writers, settings, say)
-        if settings.search
-        else decided(extracted, sets, writers, settings, say)
-    )
+    decide = planning.searched if settings.search else planning.decided
+    plan = decide(extracted, sets, writers, settings, say)
     separations = extracted.separations[plan.position]
     if warning := steerability.warn(separations):
         lines.append(f"warning: {warning}")
@@ -162,8 +140,8 @@ def wanted_writers(policy: Policy, settings: Settings) -> tuple[list[Writer], li
     for rest in writers_module.rest(policy, every)[:3]:
         names = ", ".join(rest.modules) or "no layer of its width"
         lines.append(
-            f"warning: block {rest.block} writes {rest.share:.0%} of what it adds by ways that are not known, and that is "
-            f"not edited. Layers as wide as the stream: {names}; --writers takes names of more"
+            f"warning: block {rest.block} writes {rest.share:.0%} of what it adds by ways that are not known, and that "
+            f"is not edited. Layers as wide as the stream: {names}; --writers takes names of more"
         )
     count = len(policy.model.layers)
     blocks = range(count) if settings.blocks is None else blocks_of(settings.blocks, count)
@@ -192,149 +170,6 @@ def blocks_of(text: str, count: int) -> set[int]:
     return found
 
 
-def shares(settings: Settings) -> Callable[[Writer], float]:
-    """What the weight is times, by kind of writer."""
-    return lambda writer: getattr(settings, f"{writer.kind}_weight")
-
-
-def decided(extracted: Extracted, sets: Sets, writers: list[Writer], settings: Settings, say: Say) -> Plan:
-    """Block, position and weight: as told, or by what they do."""
-    policy, marks = extracted.policy, markers_of(settings)
-    asked = [capture.encode(policy, s[: settings.select_prompts], prefix=extracted.prefix) for s in sets.select]
-    chosen = best_sources(extracted, asked, writers, marks, settings, say)
-    weight, sources = weight_of(settings), list(chosen.candidates)
-    plan = Plan([], sources[0].block, sources[0].position, [chosen.note] if chosen.note else [])
-    plan.tables, plan.facts = [select.table(chosen)], {"selection": select.plain(chosen)}
-    named: dict[str, tuple[int | None, extraction.Position]] = {}
-    for one in [c for c in sources if not c.refused][:FULL] or sources[:1]:
-        if settings.block != "per-block":
-            named[f"block {one.block}, {said(one.position)}"] = one.block, one.position
-        if settings.block in ("auto", "per-block"):
-            named.setdefault(f"each block its own, {said(one.position)}", (None, one.position))
-    first = next(iter(named))
-    if weight is None or len(named) > 1:
-        say("what the candidates do to completions")
-        best, weight = by_completions(extracted, named, asked, writers, marks, settings, plan, say)
-        first = best or first
-    plan.block, plan.position = named[first]
-    kinds = shares(settings)
-    rows = extracted.by_block(plan.block, plan.position)
-    plan.edits = edit.plan(writers, rows, lambda writer: weight * kinds(writer))
-    plan.lines.append(f"removed: {first}, weight {weight:g}, {settings.variant}")
-    plan.facts |= {"direction": first, "weight": weight}
-    return plan
-
-
-def best_sources(
-    extracted: Extracted, asked: list[list[list[int]]], writers: list[Writer], marks: Any, settings: Settings, say: Say
-) -> select.Chosen:
-    """Candidates in order, by bypass, induce and KL."""
-    say("which block and position")
-    blocks = range(extracted.blocks)
-    if settings.block.isdecimal():
-        if int(settings.block) not in blocks:
-            raise UserError(f"--block {settings.block}: the model has the blocks 0 to {blocks[-1]}.")
-        blocks = range(int(settings.block), int(settings.block) + 1)
-    keys = [(b, p) for p in extracted.states for b in blocks if _differ(extracted, b, p)]
-    if not keys:
-        raise UserError("both sets give the same states there: the prompts do not differ where they are read.")
-    sampling = Sampling(max_new_tokens=min(32, settings.max_new_tokens), temperature=0.0)
-    sides = [[one for [one] in rollout.rollout(extracted.policy, side, sampling)] for side in asked]
-    plain = [measure.plain(mark) for mark in marks]
-    shows = [[any(mark in measure.plain(one.text) for mark in plain) for one in side] for side in sides]
-    groups: list[list[Any]] = [[], []]
-    for side, marked in zip(sides, shows, strict=True):
-        for one, hit in zip(side, marked, strict=True):
-            groups[0 if hit else 1].append(one.tokens.tolist())
-    tokens = select.first_tokens(*groups) if sum(shows[0]) >= len(shows[0]) / 2 else ()
-    vectors_by = {(b, p): extracted.removed(b, p, b)[0] for b, p in keys}
-    return select.choose(extracted.policy, writers, vectors_by, *asked, tokens=tokens, max_kl=settings.max_kl)
-
-
-def _differ(extracted: Extracted, block: int, position: extraction.Position) -> bool:
-    positive, negative = extracted.sides(block, position)
-    return bool((positive.mean(0, dtype=np.float64) - negative.mean(0, dtype=np.float64)).any())
-
-
-def by_completions(
-    extracted: Extracted,
-    named: dict[str, tuple[int | None, extraction.Position]],
-    asked: list[list[list[int]]],
-    writers: list[Writer],
-    marks: Any,
-    settings: Settings,
-    plan: Plan,
-    say: Say,
-) -> tuple[str | None, float]:
-    """The candidate and the weight that suffice, and into `plan` what was tried."""
-    weight = weight_of(settings)
-    rows = {name: {t: r[:1] for t, r in extracted.by_block(*source).items()} for name, source in named.items()}
-    tried, best = tryout.try_out(
-        extracted.policy,
-        writers,
-        rows,
-        *asked,
-        markers=marks,
-        weights=tryout.WEIGHTS if weight is None else (weight,),
-        max_kl=settings.max_kl,
-        max_new_tokens=min(64, settings.max_new_tokens),
-        share=shares(settings),
-        say=say,
-    )
-    if best is None:
-        plan.lines.append(
-            "the behaviour does not show by --markers in most replies to the positives, so that the weight could not be "
-            "tried: 1 is taken"
-            if weight is None
-            else "candidates could not be compared by completions (--markers)"
-        )
-        return None, 1.0 if weight is None else weight
-    plan.tables.append(tryout.table(tried, best))
-    plan.facts["tried"] = tryout.plain_values(tried)
-    return best.name, best.weight
-
-
-def searched(extracted: Extracted, sets: Sets, writers: list[Writer], settings: Settings, say: Say) -> Plan:
-    """Weights by block, from a search over kernels."""
-    from .ablation import pareto, search
-
-    policy, marks = extracted.policy, markers_of(settings)
-    asked = [capture.encode(policy, s[: settings.select_prompts], prefix=extracted.prefix) for s in sets.select]
-    chosen = best_sources(extracted, asked, writers, marks, settings, say)
-    position = chosen.best.position
-    journal = Path(settings.journal or f"{settings.output.rstrip('/')}.search.jsonl")
-    found = search.run(
-        policy,
-        extracted.direction(None, position, "", {}),
-        *(s[: settings.select_prompts] for s in sets.select),
-        writers=writers,
-        journal=journal,
-        scorers=settings.scorers,
-        trials=settings.trials,
-        seed=settings.seed,
-        pick=settings.pick,
-        prefix=extracted.prefix,
-        markers=marks,
-        max_new_tokens=settings.max_new_tokens,
-        say=say,
-    )
-    source = found.chosen.kernel.source
-    plan = Plan(found.edits, None if source is None else round(source), position, list(found.notes))
-    plan.tables = [select.table(chosen), pareto.table(found.trials, found.scorers, found.base, found.chosen)]
-    plan.lines.append(
-        f"removed: trial {found.chosen.number} of {journal}, states of {said(position)}, {settings.variant}"
-    )
-    plan.facts = {
-        "selection": select.plain(chosen),
-        "kernel": found.chosen.kernel.plain(),
-        "trial": found.chosen.number,
-    }
-    if settings.output and importlib.util.find_spec("matplotlib"):
-        Path(settings.output).mkdir(parents=True, exist_ok=True)
-        pareto.plot(found.trials, found.scorers, found.base, found.chosen, Path(settings.output) / "search.png")
-    return plan
-
-
 # ------------------------------------------------------------------ doing it
 
 
@@ -356,8 +191,8 @@ def put_on(extracted: Extracted, plan: Plan, sets: Sets, settings: Settings) -> 
     if left := edit.bias_left(policy, edits):
         worst = max(left, key=left.__getitem__)
         lines.append(
-            f"{len(left)} writers have a bias, which an adapter cannot change: up to {left[worst]:.0%} of one lies along "
-            f"the direction ({worst}) and stays; --fuse edits it"
+            f"{len(left)} writers have a bias, which an adapter cannot change: up to {left[worst]:.0%} of one lies "
+            f"along the direction ({worst}) and stays; --fuse edits it"
         )
     experts = any(e.writer.kind == "experts" for e in edits)
     if settings.variant == "row-norm" and not experts and not adapter.adapters_of(policy.model):
@@ -388,7 +223,8 @@ def measured(
     blocks = {e.writer.block for e in plan.edits}
     rows = {b: r for b, r in extracted.by_block(plan.block, position).items() if b in blocks}
     left = edit.leaks(applied), edit.left_in_blocks(policy, rows)
-    found = measure.measure(applied, bench, extracted.raw(block, position), block, left, say=say)
+    removed = measure.Removed(extracted.raw(block, position), block, position, extracted.prefix)
+    found = measure.measure(applied, bench, removed, left, say=say)
     facts = {
         "settings": dataclasses.asdict(settings),
         "prompts": {name: [len(side) for side in getattr(sets, name)] for name in ("fit", "select", "held")},
@@ -448,7 +284,7 @@ def dry_run(
 ) -> dict[str, Any]:
     """Print the plan; returns it."""
     for position, separations in extracted.separations.items():
-        show(f"states of {said(position)}", highlight=False)
+        show(f"states of {planning.said(position)}", highlight=False)
         show(steerability.table(separations))
     edits = edit.plan(writers, np.eye(1, extracted.states[next(iter(extracted.states))][0].shape[-1])[0])
     if left := edit.bias_left(extracted.policy, edits):
@@ -465,8 +301,8 @@ def told_sets(sets: Sets) -> list[str]:
     fit, select_, held = ([len(side) for side in part] for part in sets[:3])
     again = "" if sets.apart else " (of the same: there are few)"
     return [
-        f"prompts, positive and negative: {fit[0]} and {fit[1]} for the direction, {select_[0]} and {select_[1]} to try "
-        f"candidates on{again}, {held[0]} and {held[1]} held out"
+        f"prompts, positive and negative: {fit[0]} and {fit[1]} for the direction, {select_[0]} and {select_[1]} to "
+        f"try candidates on{again}, {held[0]} and {held[1]} held out"
     ]
 
 
@@ -485,11 +321,6 @@ def report_use(settings: Settings) -> str:
     return f"use it: mlx_lm.generate --model {settings.model} --adapter-path {settings.output}"
 
 
-def said(position: extraction.Position) -> str:
-    """A position in words."""
-    return {-1: "last prompt token", extraction.MEAN: "completions' mean"}.get(position, f"prompt token {position}")
-
-
 def _shown(prompt: Any) -> str:
     return prompt if isinstance(prompt, str) else str(prompt[-1].get("content", ""))
 
@@ -506,7 +337,7 @@ def _plain(value: Any) -> Any:
 
 
 class _Callable(ModuleType):
-    """`mlx_realign.ablate` is this module once anything has imported it, and is meant to be called like its function."""
+    """`mlx_realign.ablate` is this module once anything has imported it, and is to be called like its function."""
 
     def __call__(self, *args: Any, **options: Any) -> Result:
         return ablate(*args, **options)

@@ -226,7 +226,7 @@ def _gain(answers: np.ndarray, tolerance: float) -> np.ndarray | None:
 
 
 def _exactly(bench: _Bench, block: int, gain: np.ndarray) -> np.ndarray | None:
-    """The gain without the rounding of the stream: that of a norm of the block, where one has it; None where it is 1."""
+    """The gain without the stream's rounding: that of a norm of the block, where one has it; None where it is 1."""
     modules = dict(bench.model.named_modules())
     signs, best = bench.signs[0], (bench.tolerance, gain)
     for path, module in modules.items():

@@ -57,7 +57,7 @@ def plan(
     directions: np.ndarray | Mapping[int, np.ndarray],
     weight: float | Callable[[Writer], float] = 1.0,
 ) -> list[Edit]:
-    """One edit per writer. directions: [d] or [k, d] for all, or by block; a writer of a block without any gets none."""
+    """One edit per writer. directions: [d] or [k, d] for all, or by block; writers of a block without any get none."""
     edits = []
     for writer in writers:
         rows = directions.get(writer.block) if isinstance(directions, Mapping) else directions
@@ -119,7 +119,7 @@ def leaks(applied: Applied, tokens: mx.array | None = None) -> dict[str, float]:
 def left_in_blocks(
     policy: Policy, directions: np.ndarray | Mapping[int, np.ndarray], tokens: mx.array | None = None
 ) -> dict[int, float]:
-    """Block -> norm of the part along its directions in what the block adds to the stream, as a share of all it adds."""
+    """Block -> norm of the part along its directions in what it adds to the stream, as a share of all it adds."""
     reads: dict[int, mx.array] = {}
     shares: dict[int, mx.array] = {}
     paths = taps.blocks(policy.model)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Prompts -> directions of every block, at the positions where they may be read, and how well each separates the sets."""
+"""Prompts -> directions of every block at the positions where they may be read, and how well each separates."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -77,7 +77,7 @@ class Extracted:
 
     def direction(self, block: int | None, position: Position, data_hash: str, measured: dict[str, Any]) -> Direction:
         """All blocks' vectors at a position as a file keeps them, meant for the block that was chosen."""
-        there = [b for b in range(-1, self.blocks) if self._differs(b, position)]
+        there = [b for b in range(-1, self.blocks) if self.differs(b, position)]
         baseline = {b: self.sides(b, position)[1].mean(0, dtype=np.float64) for b in there}
         median = {s.block: s.median_norm for s in self.separations[position] if s.block in there}
         settings = self.settings
@@ -95,7 +95,8 @@ class Extracted:
         own = self.raw if settings.rank > 1 else lambda b, position: self.removed(b, position, b)[0]
         return Direction({b: own(b, position) for b in there}, about, baseline, median)
 
-    def _differs(self, block: int, position: Position) -> bool:
+    def differs(self, block: int, position: Position) -> bool:
+        """Whether there is a direction: the embeddings of a last token that all prompts share have none."""
         positive, negative = self.sides(block, position)
         return bool((positive.mean(0, dtype=np.float64) - negative.mean(0, dtype=np.float64)).any())
 
@@ -104,8 +105,8 @@ def split(contrast: Contrast, settings: Settings) -> Sets:
     """The prompts of both sets, shuffled by the seed (pairs stay pairs). UserError where a set is too small."""
     if contrast.positive_completions:
         raise UserError(
-            "--positive: its rows have chosen and rejected completions of one prompt. Ablation needs prompts that bring "
-            "the behaviour out and others that do not; for such rows there is mlx-realign steer extract."
+            "--positive: its rows have chosen and rejected completions of one prompt. Ablation needs prompts that "
+            "bring the behaviour out and others that do not; for such rows there is mlx-realign steer extract."
         )
     rng = np.random.default_rng(settings.seed)
     sides, apart = [], True

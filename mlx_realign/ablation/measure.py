@@ -86,11 +86,29 @@ def complete(policy: Policy, prompts: Sequence[Sequence[int]], bench: Bench) -> 
     return Side(texts, tokens, shows, np.array([broken(text) for text in texts], bool))
 
 
-def along(policy: Policy, bench: Bench, direction: np.ndarray, block: int) -> tuple[np.ndarray, np.ndarray]:
-    """Projections of both sets' last prompt tokens on a direction [d], float64 [n] and [m], in units of the stream."""
-    unit = direction / np.linalg.norm(direction)
-    sides = [capture.collect(policy, s, blocks=(block,))[:, 0, 0] @ unit for s in (bench.positive, bench.negative)]
-    return sides[0].astype(np.float64), sides[1].astype(np.float64)
+class Removed(NamedTuple):
+    """Where the direction is from."""
+
+    direction: np.ndarray  # float64 [d]
+    block: int
+    position: int | str  # from the end of the prompt and `prefix`, or over completions
+    prefix: Sequence[int] = ()
+
+
+def along(policy: Policy, bench: Bench, removed: Removed, said: Sequence[Side]) -> list[float]:
+    """Mean projection of both sets on the direction, where it is from, in units of the stream.
+
+    said: completions of both, whose states are taken where the direction is from completions.
+    """
+    unit, blocks, means = removed.direction / np.linalg.norm(removed.direction), (removed.block,), []
+    for prompts, side in zip((bench.positive, bench.negative), said, strict=True):
+        if isinstance(removed.position, str):
+            states = capture.completion_means(policy, prompts, side.tokens, blocks=blocks)[:, 0]
+        else:
+            texts = [[*prompt, *removed.prefix] for prompt in prompts]
+            states = capture.collect(policy, texts, positions=(removed.position,), blocks=blocks)[:, 0, 0]
+        means.append(float((states.astype(np.float64) @ unit).mean()))
+    return means
 
 
 def states(policy: Policy, texts: Sequence[Forced]) -> mx.array:
@@ -110,7 +128,7 @@ def log_probs(policy: Policy, hidden: mx.array) -> Iterator[mx.array]:
 
 
 def divergences(policy: Policy, base: mx.array, now: mx.array) -> np.ndarray:
-    """KL(base || now) in nats, float64 [n], from final hidden states [n, D]; the head is no writer, so it is the same."""
+    """KL(base || now) in nats, float64 [n], of final hidden states [n, D]; the head is no writer, so it is the same."""
     pairs = zip(log_probs(policy, base), log_probs(policy, now), strict=True)
     found = [np.array((mx.exp(p) * (p - q)).sum(-1)).astype(np.float64) for p, q in pairs]
     return np.maximum(np.concatenate(found), 0.0)
@@ -129,14 +147,13 @@ def perplexity(policy: Policy, hidden: mx.array, targets: np.ndarray) -> float:
 def measure(
     applied: Applied,
     bench: Bench,
-    direction: np.ndarray,
-    block: int,
+    removed: Removed,
     found: tuple[dict[str, float], dict[int, float]],
     *,
     before: tuple[Side, Side] | None = None,
     say: Callable[[str], None] = lambda _: None,
 ) -> Measured:
-    """Everything, before and after the edits of `applied`. direction [d]: what was removed, from `block`.
+    """Everything, before and after the edits of `applied`.
 
     found: leaks and shares in blocks, measured already; before: completions of the policy without the edits, too.
     """
@@ -153,10 +170,10 @@ def measure(
     forced = [Forced([*prompt, *ids[:-1]], len(prompt) - 1) for prompt, ids in both]
     texts, targets = _texts(policy, bench.text) if bench.text else (forced, np.concatenate([np.array(i) for i in said]))
     now = states(policy, forced), states(policy, texts) if bench.text else None
-    where = along(policy, bench, direction, block)
+    where = along(policy, bench, removed, before)
     with applied.off():
         old = states(policy, forced), states(policy, texts) if bench.text else None
-        was = along(policy, bench, direction, block)
+        was = along(policy, bench, removed, before)
     kls = divergences(policy, old[0], now[0])
     firsts = np.cumsum([0, *(len(ids) for ids in said[:-1])])
     exact = tuple(perplexity(policy, side[0] if side[1] is None else side[1], targets) for side in (old, now))
@@ -166,15 +183,11 @@ def measure(
     return result
 
 
-def _positions(was: tuple[np.ndarray, np.ndarray], now: tuple[np.ndarray, np.ndarray]) -> dict[str, float]:
+def _positions(was: list[float], now: list[float]) -> dict[str, float]:
     """Means on the direction, with the negatives at 0 and the positives at 1 before the edit."""
-    low, high = float(was[1].mean()), float(was[0].mean())
-    scale = (high - low) or 1.0
+    scale = (was[0] - was[1]) or 1.0
     return {
-        "positives_before": 1.0,
-        "negatives_before": 0.0,
-        "positives_after": (float(now[0].mean()) - low) / scale,
-        "negatives_after": (float(now[1].mean()) - low) / scale,
+        f"{name}_after": (mean - was[1]) / scale for name, mean in zip(("positives", "negatives"), now, strict=True)
     }
 
 
@@ -215,14 +228,13 @@ def remarks(found: Measured, bench: Bench) -> list[str]:
     lines = []
     if old.failed.mean() < 0.5:
         lines.append(
-            f"only {old.failed.mean():.0%} of the positives showed the behaviour before: check --markers, or the prompts"
+            f"only {old.failed.mean():.0%} of the positives showed the behaviour before: check --markers and prompts"
         )
     if bench.max_new_tokens < LEAST_TOKENS:
         lines.append(f"completions have at most {bench.max_new_tokens} tokens: a behaviour that comes later is missed")
     if new.broken.mean() > old.broken.mean() + 0.05 or others.broken.mean() > found.before[1].broken.mean() + 0.05:
-        lines.append(
-            f"{new.broken.mean():.0%} of the positives' completions are empty or degenerate: the edit is too strong"
-        )
+        told = f"{new.broken.mean():.0%} of the positives' and {others.broken.mean():.0%} of the negatives' completions"
+        lines.append(f"{told} are empty or degenerate: the edit is too strong")
     if (rise := others.shows.mean() - found.before[1].shows.mean()) > 0.05:
         lines.append(f"over-ablation: {rise:.0%} more of the negatives show the behaviour than before")
     if found.along["positives_after"] < -0.5:

@@ -18,7 +18,7 @@ def before_after(found: Mapping[str, Any]) -> Table:
     """Rates of both sets, KL and perplexity, for the terminal. found: what `measure.facts` gave."""
     drawn = Table(box=box.SIMPLE_HEAD, title="held-out prompts", title_justify="left")
     for name in ("", "before", "after"):
-        drawn.add_column(name, justify="right" if name else "left", no_wrap=True)
+        drawn.add_column(name, justify="right" if name else "left", no_wrap=bool(name))
     for line in _lines(found):
         drawn.add_row(*line)
     return drawn
@@ -80,9 +80,9 @@ def along(found: Measured) -> str:
     """Where the sets stand on the direction."""
     a = found.along
     return (
-        "On the direction, at the last prompt token, with the negatives' mean at 0 and the positives' at 1 before: the "
-        f"positives stand at {a['positives_after']:.2f} after, the negatives at {a['negatives_after']:.2f}. Far below 0 "
-        "the edit has gone too far."
+        "On the direction, where it was taken from, with the negatives' mean at 0 and the positives' at 1 before: the "
+        f"positives stand at {a['positives_after']:.2f} after, the negatives at {a['negatives_after']:.2f}. Far below "
+        "0 the edit has gone too far."
     )
 
 
@@ -94,8 +94,8 @@ def left(found: Measured) -> str:
     blocks = max(found.blocks.values(), default=0.0)
     return (
         f"Of what a writer gives along the direction, at most {found.leaks[worst]:.2g} is left (`{worst}`); of what a "
-        f"whole block adds to the stream, at most {blocks:.2g} lies along it. Over random tokens, root mean square. Token "
-        "embeddings are left alone."
+        f"whole block adds to the stream, at most {blocks:.2g} lies along it (a weight w leaves |1 - w|). Over random "
+        "tokens, root mean square. Token embeddings are left alone."
     )
 
 

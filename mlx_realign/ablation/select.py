@@ -2,14 +2,14 @@
 """Which block and position to take the direction from: by what ablating and adding it does, before anything is written.
 
 Arditi et al. 2024 (arXiv:2406.11717, section 2.3): bypass, how much of the behaviour is left on the positives without
-the direction; induce, how much of it the negatives show with the direction added in its block; and the KL to the base on
-the negatives. The candidate that leaves least is taken, among those that induce and whose KL is small. All is read at
-the last prompt token, where the behaviour begins, from log-odds of the tokens it begins with; where nobody says how it
-shows, from the final state there, by cosine (COSMIC, arXiv:2506.00085, reads several blocks so).
+the direction; induce, how much of it the negatives show with the direction added in its block; and the KL to the base
+on the negatives. The candidate that leaves least is taken, among those that induce and whose KL is small. All is read
+at the last prompt token, where the behaviour begins, from log-odds of the tokens it begins with; where nobody says how
+it shows, from the final state there, by cosine (COSMIC, arXiv:2506.00085, reads several blocks so).
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
@@ -26,7 +26,8 @@ from .edit import plan
 from .trial import Forced, Slots
 
 EARLY = 0.8  # share of the blocks; directions of later ones are of the next token, not of the behaviour
-FIRST, SCREENED = 4, 16  # prompts that all candidates are tried on, and how many candidates then go on
+FIRST, SCREENED = 4, 16  # prompts that all candidates are tried on, and how many candidates then go on,
+LEAST_EACH = 3  # of each position at least so many
 CLEAR = 0.8  # AUROC of the log-odds of both sets, below which first tokens do not tell them apart
 
 Source = tuple[int, int | str]  # block, and position from the prompt's end or "completion"
@@ -108,18 +109,28 @@ def choose(
             slots.set(1, plan(writers, directions[key], weight))
             return float(reading.scores(policy, slots._states(1, texts[0][:count])).mean())
 
-        tried = sorted(keys, key=lambda key: bypass(key, FIRST)) if len(keys) > screened else keys
         found = []
-        for key in tried[:screened]:
+        for key in _screened(keys, lambda key: bypass(key, FIRST), screened):
             left = bypass(key, None)
             kl = divergence(policy, base[1], slots._states(1, texts[1]))
             induced = added(slots, taps.blocks(policy.model)[key[0]], directions[key], texts[1])
             induce = float(reading.scores(policy, induced).mean())
             found.append(_judged(Candidate(*key, left, induce, kl), reading, max_kl))
-    found.sort(key=lambda c: (bool(c.refused), c.bypass if not c.refused else c.kl))
+    found.sort(key=lambda c: (c.kl > max_kl, bool(c.refused), c.kl if c.kl > max_kl else c.bypass))
     if found[0].refused:
-        note = f"no candidate is clean (the best: {found[0].refused}); try --position, --weight, other prompts"
+        note = f"no candidate passes (the best: {found[0].refused}); other prompts or --position may help"
     return Chosen(found[0], found, reading.name, note)
+
+
+def _screened(keys: list[Source], score: Callable[[Source], float], most: int) -> list[Source]:
+    """The best `most` candidates, shared out over the positions; all, where they are no more."""
+    if len(keys) <= most:
+        return keys
+    scores = {key: score(key) for key in keys}
+    positions = list(dict.fromkeys(position for _, position in keys))
+    each = max(LEAST_EACH, most // len(positions))
+    best = sorted(keys, key=scores.__getitem__)
+    return [key for p in positions for key in [key for key in best if key[1] == p][:each]]
 
 
 def _judged(candidate: Candidate, reading: Reading, max_kl: float) -> Candidate:

@@ -26,7 +26,7 @@ class Settings:
     output: str = ""
     """Folder to write: adapter (or with --fuse the model), direction, metrics and report. It must be new or empty."""
     markers: tuple[str, ...] = ()
-    """Texts by which the behaviour shows in a reply, comma-separated, or a file with one per line; default: refusals."""
+    """Texts by which the behaviour shows in a reply, comma-separated, or a file of them by line; default: refusals."""
     adapter: str | None = None
     """Adapter folder (mlx-lm or PEFT) to start from: the result holds both."""
     held_out: float = 0.25
@@ -46,11 +46,11 @@ class Settings:
     prefix: bool = True
     """Look for a prefix that all completions begin with, and take states behind it."""
     position: str = "auto"
-    """Where states are taken: last (prompt token), -3, mean (over the model's completions), or auto: the best of them."""
+    """Where states are taken: last (prompt token), -3, mean (over the model's completions), or auto: the best."""
     block: str = "auto"
     """Whose direction is removed everywhere: 12, auto (the best one), or per-block: each block its own."""
     weight: str = "auto"
-    """How much of it: 1 all; above 1 makes up for the embeddings, which are left alone; auto: the least that suffices."""
+    """How much of it: 1 all; above 1 makes up for embeddings, which are left alone; auto: the least that suffices."""
     attention_weight: float = 1.0
     """What the weight is times for attention (convolutions and state spaces too)."""
     mlp_weight: float = 1.0

@@ -1,0 +1,190 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is edited, by how much and why: as told, by what candidates do, or by a search."""
+
+import importlib.util
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from .. import capture, rollout
+from ..errors import UserError
+from ..sampling import Sampling
+from ..writers import Writer
+from . import edit, select, tryout
+from .edit import Edit
+from .extraction import MEAN, Extracted, Position, Sets
+from .scorers import plain
+from .settings import Settings, markers_of, weight_of
+
+GLOBALS, MEANS = 3, 2  # candidates of one block that go on to completions, and those of completions' means among them
+FIRST_TOKENS = 32  # of completions by which it is told whether they show the behaviour
+
+Say = Callable[[str], None]
+Where = tuple[int | None, Position]  # block (None: each its own) and position
+
+
+@dataclass
+class Plan:
+    """What is to be done, and why."""
+
+    edits: list[Edit]
+    block: int | None  # whose direction all writers lose; None: each block its own
+    position: Position
+    lines: list[str] = field(default_factory=list)
+    tables: list[Table] = field(default_factory=list)
+    facts: dict[str, Any] = field(default_factory=dict)
+
+
+def decided(extracted: Extracted, sets: Sets, writers: list[Writer], settings: Settings, say: Say) -> Plan:
+    """Block, position and weight: as told, or by what they do."""
+    chosen = sources(extracted, sets, writers, settings, say)
+    plan = Plan([], None, chosen.best.position, [], [select.table(chosen)], {"selection": select.plain(chosen)})
+    named = candidates(chosen, settings)
+    name, weight = next(iter(named)), weight_of(settings)
+    if weight is None or len(named) > 1:
+        best = by_completions(extracted, named, sets, writers, settings, plan, say)
+        if best:
+            name, weight = best.name, best.weight
+        elif chosen.note:
+            plan.lines.append(chosen.note)
+    weight = 1.0 if weight is None else weight
+    plan.block, plan.position = named[name]
+    share = shares(settings)
+    rows = extracted.by_block(plan.block, plan.position)
+    plan.edits = edit.plan(writers, rows, lambda writer: weight * share(writer))
+    plan.lines.append(f"removed: the direction of {name}, weight {weight:g}, {settings.variant}")
+    plan.facts |= {"direction": name, "weight": weight}
+    return plan
+
+
+def shares(settings: Settings) -> Callable[[Writer], float]:
+    """What the weight is times, by kind of writer."""
+    return lambda writer: getattr(settings, f"{writer.kind}_weight")
+
+
+def candidates(chosen: select.Chosen, settings: Settings) -> dict[str, Where]:
+    """What goes on to completions, by name, best first."""
+    ranked = chosen.candidates
+    of_means = [c for c in ranked if c.position == MEAN][:MEANS]
+    taken = [*ranked[:GLOBALS], *(c for c in of_means if c not in ranked[:GLOBALS])]
+    named: dict[str, Where] = {}
+    if settings.block != "per-block":
+        named |= {f"block {c.block}, {said(c.position)}": (c.block, c.position) for c in taken}
+    if settings.block in ("auto", "per-block"):
+        named |= {f"each block, {said(c.position)}": (None, c.position) for c in taken}
+    return named
+
+
+def sources(extracted: Extracted, sets: Sets, writers: list[Writer], settings: Settings, say: Say) -> select.Chosen:
+    """Blocks and positions in order, by bypass, induce and KL."""
+    say("which block and position")
+    blocks = list(range(extracted.blocks))
+    if settings.block.isdecimal():
+        if int(settings.block) not in blocks:
+            raise UserError(f"--block {settings.block}: the model has the blocks 0 to {blocks[-1]}.")
+        blocks = [int(settings.block)]
+    found = {(b, p): extracted.removed(b, p, b)[0] for p in extracted.states for b in blocks if extracted.differs(b, p)}
+    if not found:
+        raise UserError("both sets give the same states there: the prompts do not differ where they are read.")
+    asked = prompts(extracted, sets, settings)
+    tokens = first_tokens(extracted, asked, settings)
+    return select.choose(extracted.policy, writers, found, *asked, tokens=tokens, max_kl=settings.max_kl)
+
+
+def prompts(extracted: Extracted, sets: Sets, settings: Settings) -> list[list[list[int]]]:
+    """Token ids of those that candidates are tried on, positives and negatives."""
+    most = settings.select_prompts
+    return [capture.encode(extracted.policy, side[:most], prefix=extracted.prefix) for side in sets.select]
+
+
+def first_tokens(extracted: Extracted, asked: Sequence[list[list[int]]], settings: Settings) -> tuple[int, ...]:
+    """With which tokens completions that show the behaviour begin; () where few of the positives' show it."""
+    sampling = Sampling(max_new_tokens=min(FIRST_TOKENS, settings.max_new_tokens), temperature=0.0)
+    marks = [plain(marker) for marker in markers_of(settings)]
+    groups: tuple[list[list[int]], list[list[int]]] = ([], [])
+    hits = 0
+    for i, side in enumerate(asked):
+        for [one] in rollout.rollout(extracted.policy, side, sampling):
+            shows = any(mark in plain(one.text) for mark in marks)
+            groups[0 if shows else 1].append(one.tokens.tolist())
+            hits += shows and i == 0
+    return select.first_tokens(*groups) if hits >= len(asked[0]) / 2 else ()
+
+
+def by_completions(
+    extracted: Extracted,
+    named: dict[str, Where],
+    sets: Sets,
+    writers: list[Writer],
+    settings: Settings,
+    plan: Plan,
+    say: Say,
+) -> tryout.Tried | None:
+    """The candidate and the weight that suffice, and into `plan` what was tried; None where markers cannot tell."""
+    tried, best = tryout.try_out(
+        extracted.policy,
+        writers,
+        {name: {t: rows[:1] for t, rows in extracted.by_block(*where).items()} for name, where in named.items()},
+        *prompts(extracted, sets, settings),
+        markers=markers_of(settings),
+        weight=weight_of(settings),
+        max_kl=settings.max_kl,
+        max_new_tokens=min(64, settings.max_new_tokens),
+        share=shares(settings),
+        say=say,
+    )
+    if best is None:
+        plan.lines.append(
+            "by --markers, few replies to the positives show the behaviour: candidates could not be compared by "
+            "completions" + ("" if weight_of(settings) else ", and the weight is 1")
+        )
+        return None
+    plan.tables.append(tryout.table(tried, best))
+    plan.facts["tried"] = tryout.plain_values(tried)
+    if not best.gone or best.kl > settings.max_kl:
+        plan.lines.append(
+            f"no candidate takes the behaviour away within --max-kl {settings.max_kl:g}: the best leaves "
+            f"{best.left:.0%} at a KL of {best.kl:.3f}; --search looks further"
+        )
+    return best
+
+
+def searched(extracted: Extracted, sets: Sets, writers: list[Writer], settings: Settings, say: Say) -> Plan:
+    """Weights by block, from a search over kernels."""
+    from . import pareto, search
+
+    chosen = sources(extracted, sets, writers, settings, say)
+    position = chosen.best.position
+    journal = Path(settings.journal or f"{settings.output.rstrip('/')}.search.jsonl")
+    found = search.run(
+        extracted.policy,
+        extracted.direction(None, position, "", {}),
+        *(side[: settings.select_prompts] for side in sets.select),
+        writers=writers,
+        journal=journal,
+        scorers=settings.scorers,
+        trials=settings.trials,
+        seed=settings.seed,
+        pick=settings.pick,
+        prefix=extracted.prefix,
+        markers=markers_of(settings),
+        max_new_tokens=settings.max_new_tokens,
+        say=say,
+    )
+    kernel, number = found.chosen.kernel, found.chosen.number
+    plan = Plan(found.edits, None if kernel.source is None else round(kernel.source), position, list(found.notes))
+    plan.tables = [select.table(chosen), pareto.table(found.trials, found.scorers, found.base, found.chosen)]
+    plan.lines.append(f"removed: trial {number} of {journal}, states of {said(position)}, {settings.variant}")
+    plan.facts = {"selection": select.plain(chosen), "kernel": kernel.plain(), "trial": number}
+    if settings.output and importlib.util.find_spec("matplotlib"):
+        Path(settings.output).mkdir(parents=True, exist_ok=True)
+        pareto.plot(found.trials, found.scorers, found.base, found.chosen, Path(settings.output) / "search.png")
+    return plan
+
+
+def said(position: Position) -> str:
+    """A position in words."""
+    return {-1: "last token", MEAN: "completions"}.get(position, f"token {position}")
