@@ -26,7 +26,8 @@ from ..adapter_targets import adaptable
 from ..errors import UserError
 from ..policy import Policy
 
-CONSTANT = 2e-3  # relative error up to which what arrives is the vector times a number
+CONSTANT = {mx.float32: 1e-3, mx.bfloat16: 1e-2, mx.float16: 1e-2}  # relative, of what arrives: less is rounding
+LENGTHS = (4.0, 12.0)  # of what is added for a try, in lengths of the states: far above their rounding
 ONE_FILE = "model.safetensors"
 PROBE = mx.array([[5, 3, 8, 1, 9, 2]])
 
@@ -107,10 +108,7 @@ def place(policy: Policy, block: int, vector: np.ndarray, biases: list[str]) -> 
 
 
 def arrives(policy: Policy, module: str, block: str, vector: np.ndarray) -> float | None:
-    """s, where a block gives s * vector more once `vector` is added to what a layer of it gives; None where it is not.
-
-    Tried at the vector's own length and at that of the states, in which rounding does not hide it.
-    """
+    """s, where a block gives s * vector more once `vector` is added to what a layer of it gives, however long it is."""
     seen: list[mx.array] = []
 
     def run(more: mx.array | None) -> np.ndarray | None:
@@ -128,19 +126,18 @@ def arrives(policy: Policy, module: str, block: str, vector: np.ndarray) -> floa
     assert still is not None
     unit = vector / np.linalg.norm(vector)
     size = float(np.median(np.linalg.norm(still, axis=-1)))
-    found = []
-    for length in (size, 3 * size):
+    limit, found = CONSTANT[policy.dtype], []
+    for length in LENGTHS:
         try:
-            moved = run(mx.array((length * unit).astype(np.float32)))
+            moved = run(mx.array((length * size * unit).astype(np.float32)))
         except ValueError:  # of another width
             return None
-        change = (moved - still) / length
-        times = float((change @ unit).mean())
-        if np.abs(change - times * unit).max() > CONSTANT * max(abs(times), 1e-3):
+        change = (moved - still) / (length * size)
+        found.append(float((change @ unit).mean()))
+        if np.linalg.norm(change - found[-1] * unit, axis=-1).max() > limit * abs(found[-1]):
             return None
-        found.append(times)
-    same = abs(found[0] - found[1]) <= CONSTANT * abs(found[0])
-    return found[0] if same and abs(found[0]) > 1e-6 else None
+    same = abs(found[0] - found[1]) <= limit * abs(found[0])
+    return found[1] if same and found[1] else None
 
 
 def with_changed(
@@ -205,11 +202,14 @@ def embedding_adapter(policy: Policy, vector: np.ndarray, output: Path) -> Baked
     try:
         policy.body.hidden(PROBE)
         adapter.put_on(model, paths, rank=1, scale=1.0, dropout=0.0, dora=False)
-        set_vector(model, paths[0], vector)
+        unit = vector / np.linalg.norm(vector)
+        length = LENGTHS[0] * float(np.linalg.norm(np.array(reads[0].astype(mx.float32)), axis=-1).mean())
+        set_vector(model, paths[0], length * unit)
         policy.body.hidden(PROBE)
-        change = np.array((reads[1] - reads[0]).astype(mx.float32)).astype(np.float64)
-        times = float((change @ vector).mean() / (vector @ vector))  # Gemma multiplies its embeddings
-        if not times or np.abs(change / times - vector).max() > CONSTANT * np.abs(vector).max():
+        change = np.array((reads[1].astype(mx.float32) - reads[0]).astype(mx.float32)).astype(np.float64) / length
+        times = float((change @ unit).mean())  # Gemma multiplies its embeddings
+        gap = np.linalg.norm(change - times * unit, axis=-1).max()
+        if not times or gap > CONSTANT[policy.dtype] * abs(times):
             raise UserError("--to mlx-lm: what block 0 reads is not the embedding alone: the vector would not arrive.")
         set_vector(model, paths[0], vector / times)
         adapter.save(model, output, base_model=policy.name)
