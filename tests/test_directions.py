@@ -251,7 +251,8 @@ def test_a_subspace_holds_what_only_positives_scatter_along():
     axes = np.linalg.qr(rng.standard_normal((32, 32)))[0].T
     noise = 0.1 * rng.standard_normal((2, 400, 32))
     topics = 5 * rng.standard_normal((2, 400, 1)) * axes[3]  # in both sets, and larger than all else
-    positive = noise[0] + topics[0] + 4 * axes[0] + rng.standard_normal((400, 2)) * (2.0, 1.0) @ axes[1:3]
+    more = rng.standard_normal((400, 3)) * (6.0, 2.0, 1.0)  # the most along the mean difference itself
+    positive = noise[0] + topics[0] + 40 * axes[0] + more @ axes[:3]
     negative = noise[1] + topics[1]
     found = subspace(positive, negative, 3)
     assert found @ found.T == pytest.approx(np.eye(3), abs=1e-12)

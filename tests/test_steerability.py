@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Separability against sums by hand, simulated coverage, and data with and without a direction planted in it."""
 
+import dataclasses
 import io
 import math
 import sys
@@ -97,7 +98,7 @@ def test_the_report_measures_what_was_planted():
     tilted = 2 * math.sqrt(4 / (4 + 48 * (1 / 500 + 1 / 400)))
     assert two.d_prime == pytest.approx(tilted, abs=0.12)
     assert two.auroc.value == pytest.approx((1 + math.erf(tilted / 2)) / 2, abs=0.02)
-    assert two.auroc.low < two.auroc.value < two.auroc.high
+    assert two.auroc == mann_whitney(two.auroc.value, 500, 400)  # as sure as one half: the other is not independent
     assert two.agreement.value > 0.9 > 0.3 > abs(none.agreement.value)
     assert abs(none.d_prime) < 0.25 and none.auroc.low < 0.55
 
@@ -122,6 +123,16 @@ def test_pairs_that_share_their_topic_agree_on_what_differs():
         report(positive, negative[:39], [0], paired=True)
 
 
+def test_pairs_are_held_out_together():
+    rng = np.random.default_rng(0)
+    topic = 3 * rng.standard_normal((400, 1, 400)).astype(np.float32)
+    positive, negative = planted(400, 400, [3.0], width=400)
+    # topics cancel within a half of 200 pairs: cosine^2 with the shift is 9 / (9 + 400 (1/200 + 1/200)); measured
+    # along it they do not: the variance is 1 + 9. Halves that part a pair would leave a cosine of 0.4 of 0.83.
+    found = report(positive + topic, negative + topic, [0], paired=True)[0]
+    assert found.d_prime == pytest.approx(3 * math.sqrt(9 / 13) / math.sqrt(10), abs=0.15)
+
+
 def test_the_report_is_the_same_in_another_unit_and_for_the_same_seed():
     positive, negative = planted(30, 30, [1.0])
     one, again = (report(positive, negative, [0], seed=3)[0] for _ in range(2))
@@ -132,9 +143,9 @@ def test_the_report_is_the_same_in_another_unit_and_for_the_same_seed():
 
 
 def test_the_best_block_is_the_clearest_early_one():
-    positive, negative = planted(100, 100, [0.0, 1.0, 3.0, 2.0, 1.0, 9.0])
+    positive, negative = planted(100, 100, [9.0, 1.0, 3.0, 2.0, 1.0, 9.0])
     found = report(positive, negative, [-1, 0, 1, 2, 3, 4])
-    assert best(found) == 1  # block 4 is the clearest, and the last of five
+    assert best(found) == 1  # clearer are block 4, the last of five, and the embeddings, which are no block
     assert best(found[5:]) == 4  # unless there is no other
 
 
@@ -162,6 +173,8 @@ def test_few_prompts_and_pairs_that_disagree_are_warned_of_with_numbers():
     positive, negative = planted(100, 100, [2.0], width=400)
     told = warn(report(positive + noise, negative, [0], paired=True)) or ""
     assert "pairs agree little" in told and "0.1 is the least" in told
+    unsure = dataclasses.replace(report(*planted(60, 60, [3.0]), [0])[0], agreement=Interval(0.6, -0.1, 1.0))
+    assert "random halves agree little on it: cosine 0.60 (-0.10 to 1.00)" in (warn([unsure]) or "")
     alone = warn(report(positive[:1], negative[:1], [0])) or ""
     assert "few prompts (1 positive" in alone
 
