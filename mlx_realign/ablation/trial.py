@@ -25,7 +25,7 @@ from ..workers import cores
 from ..writers import Writer, module_at
 from .edit import Edit
 
-AT_ONCE = 8192  # tokens computed together
+AT_ONCE, ENOUGH = 8192, 256  # tokens computed together: at most, and for matmuls to be fast
 LOGITS = 1 << 25  # entries of log-probs made at a time
 LEAVE = 8  # rows go when at least one in so many is done: each time the keys and values of the others are copied
 
@@ -320,12 +320,18 @@ def _right_aligned(x: mx.array, filled: np.ndarray, width: int) -> mx.array:
 
 
 def _batches(lengths: Sequence[int], workers: int) -> Iterator[list[list[int]]]:
-    """Indices of texts, sorted by length already, at most AT_ONCE tokens for each worker, dealt out to them."""
+    """Indices of texts, sorted by length already, dealt out to the workers: at most AT_ONCE tokens for each of them.
+
+    A batch also ends where a tenth of it would be padding, once it is large enough to be computed at full speed.
+    """
     batch: list[int] = []
+    real = 0
     for i, length in enumerate(lengths):
-        if batch and (len(batch) + 1) * length > AT_ONCE * workers:
+        full = (len(batch) + 1) * length
+        if batch and (full > AT_ONCE * workers or (real > ENOUGH * workers and full > 1.1 * (real + length))):
             yield [batch[k::workers] for k in range(workers) if batch[k::workers]]
-            batch = []
+            batch, real = [], 0
         batch.append(i)
+        real += length
     if batch:
         yield [batch[k::workers] for k in range(workers) if batch[k::workers]]
