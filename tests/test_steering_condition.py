@@ -127,7 +127,7 @@ def test_what_no_gate_can_be_kept_for_is_refused(policy):
     with steer(policy, behaviour(mean)), pytest.raises(UserError, match="must see the prompt"):
         policy.model(tokens[:, :1], cache=cache)
     policy.sharing = False
-    with steer(policy, behaviour(mean)), pytest.raises(UserError, match="batch generator"):
+    with steer(policy, behaviour(mean)), pytest.raises(UserError, match="moves rows"):
         rollout.rollout(policy, PROMPTS[:2], Sampling(max_new_tokens=3))
     policy.sharing = True
     example = Example(

@@ -91,8 +91,8 @@ def read(condition: Condition, numbers: dict[str, mx.array], h: mx.array, now: P
     cache, latest = now.place.cache, condition.reading == "last"
     if moves(cache):
         raise UserError(
-            "steer: a condition cannot follow rows through mlx-lm's batch generator, which this model is generated "
-            "with. Generate one prompt at a time with mlx_lm.generate, or take the condition off."
+            f"steer: mlx-lm moves rows between caches of this kind ({type(cache).__name__}), and a condition cannot "
+            "follow them. Generate one prompt at a time with mlx_lm.generate, or take the condition off."
         )
     if now.guessed and latest:
         raise UserError(f"steer: this condition reads the last prompt token, which this cache does not tell: {HELP}.")

@@ -4,7 +4,7 @@
 A pass is one call of the model. Our own caches know where each prompt ends. Other callers can say so (`prompt_length`,
 `taps.tell`). Where nobody does: a pass without a cache is a whole prompt, and with mlx-lm's caches a pass over several
 tokens belongs to the prompt and one over a single token to the completion. (mlx_lm.generate computes a prompt's last
-token by itself, so there it counts as generated.)
+token by itself, so there it counts as generated; speculative decoding computes several at once: say the length there.)
 """
 
 import re
