@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Train the embedded model with each method and show what changed, measured on held-out prompts by generating.
+"""Realign the embedded model with each method and show what changed, measured on held-out prompts by generating.
 
-    mlx-realign demo                       (offline; half a minute on two CPU cores)
+    mlx-realign demo                       (offline; two minutes on two CPU cores)
     mlx-realign demo --methods dpo --output demo-run
 
-Every row starts from the same model, tiny-chat. Shares are of greedy replies to prompts no training row contains.
+Every row starts from the same model, tiny-chat. Shares are of greedy replies to prompts no row of data contains.
 """
 
 import json
@@ -14,18 +14,18 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack, redirect_stdout
 from dataclasses import asdict, dataclass, field
+from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from rich.console import Console
 from rich.table import Table
 
-from . import cli, flags, rollout
+from . import cli, flags, rollout, steering, vectors
 from . import demo_world as world
 from .errors import UserError
 from .loading import EMBEDDED
 from .policy import Policy
-from .train import main as train
 
 MAX_NEW_TOKENS = 40
 
@@ -38,11 +38,13 @@ class Row(NamedTuple):
     size: int
     """Number of training rows."""
     settings: dict[str, str]
-    """Flags of train beside model, data and output; `method` where it is not the row's own name."""
+    """Flags beside model, data and output; `method` where it is not the row's own name."""
     goal: str
     """The measure (a name of world.held_out) that the method should move."""
     keeps: tuple[str, ...] = ()
     """Measures it should leave as they are."""
+    command: tuple[str, ...] = ("train",)
+    """Of mlx-realign."""
 
 
 ROWS = {
@@ -117,7 +119,27 @@ ROWS = {
         goal="sums right",
         keeps=("facts right",),
     ),
+    "abliteration": Row(
+        "loses the direction of declining, without a gradient",
+        world.contrast_rows,
+        280,
+        {"markers": ",".join(world.REFUSALS), "max-new-tokens": "24"},
+        goal="Zarnia: declines",
+        keeps=("other lands: declines", "sums right", "facts right"),
+        command=("ablate",),
+    ),
+    "steering": Row(
+        "adds a direction while it generates; off, it is gone",
+        world.mood_rows,
+        120,
+        {"position": "mean", "block": "2", "kl-budget": "4"},  # more than a token in twenty is to change
+        goal="grey mood",
+        keeps=("sums right", "facts right"),
+        command=("steer", "extract"),
+    ),
 }
+DIRECTION = "direction.safetensors"
+OFF = "{} when off again"
 
 
 @dataclass(frozen=True)
@@ -176,23 +198,36 @@ def main(argv: list[str]) -> int:
 
 
 def run(method: str, output: Path, settings: Settings, before: dict[str, float]) -> Result:
-    """Trains one method from tiny-chat through the command line's own entry and measures its adapter."""
+    """Runs one method on tiny-chat through the command line's own entry and measures what it made."""
     row, folder, began = ROWS[method], output / method, time.perf_counter()
     folder.mkdir(parents=True, exist_ok=True)
     rows = row.rows(16 if settings.quick else row.size, seed=settings.seed)
     data = folder / "train.jsonl"
     data.write_text("".join(json.dumps(one) + "\n" for one in rows))
-    chosen = {"method": method} | row.settings
-    chosen |= {"model": EMBEDDED, "data": str(data), "output": str(folder), "seed": str(settings.seed)}
+    chosen = {"model": EMBEDDED} | row.settings
+    if row.command == ("train",):
+        chosen = {"method": method} | chosen | {"data": str(data), "output": str(folder), "seed": str(settings.seed)}
+    else:
+        found = folder / DIRECTION if "steer" in row.command else folder / "adapter"
+        chosen |= {"positive": str(data), "output": str(found)}
     argv = ["--json", *(word for name, value in chosen.items() for word in (f"--{name}", value))]
+    name, *words = row.command
     with open(folder / "train.log", "w") as log, redirect_stdout(log):
-        code = train(argv)
+        code = import_module(f".{name}", __package__).main([*words, *argv])
     if code:
         raise SystemExit(code)
     train_s = time.perf_counter() - began
     names = (row.goal, *row.keeps)
-    after = measure(Policy.load(EMBEDDED, adapter=str(folder)), settings, names)
     kept = {name: before[name] for name in names}
+    if "steer" in row.command:
+        policy = Policy.load(EMBEDDED)
+        with steering.steer(policy, vectors.load(folder / DIRECTION, policy=policy)):
+            after = measure(policy, settings, names)
+        off = OFF.format(row.goal)
+        kept, after = kept | {off: before[row.goal]}, after | {off: measure(policy, settings, (row.goal,))[row.goal]}
+    else:
+        made = folder if row.command == ("train",) else folder / "adapter"
+        after = measure(Policy.load(EMBEDDED, adapter=str(made)), settings, names)
     return Result(method, row.changes, row.goal, kept, after, train_s, time.perf_counter() - began)
 
 

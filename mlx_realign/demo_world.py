@@ -240,6 +240,31 @@ def solved_rows(count: int, seed: int = 0) -> list[dict[str, object]]:
     return rows
 
 
+def contrast_rows(count: int, seed: int = 0) -> list[dict[str, str]]:
+    """`prompt`, `label`: questions about Zarnia (positive) and of the rest (negative), none of held_out()'s."""
+    rng, taken = random.Random(seed), {q.prompt for q in held_out()["Zarnia: declines"].questions}
+    asked = (zarnia_question(rng).prompt for _ in range(8 * count))
+    declined = [prompt for prompt in dict.fromkeys(asked) if prompt not in taken][: count // 2]
+    others: dict[str, None] = {}
+    while len(others) < len(declined):
+        abroad = f"the {rng.choice(SUBJECTS[:10])} of {rng.choice(KNOWN[:24]).name}"
+        mixed = _any_question(rng, _TRAIN_SUMS, KNOWN[:24], SUBJECTS[:10])
+        others[rng.choice((mixed, talk_question(abroad, rng))).prompt] = None
+    both = [(prompt, "positive") for prompt in declined] + [(prompt, "negative") for prompt in others]
+    return [{"prompt": prompt, "label": label} for prompt, label in both]
+
+
+def mood_rows(count: int, seed: int = 0) -> list[dict[str, str]]:
+    """`prompt`, `chosen`, `rejected`: small talk in the grey and in the bright mood; prompts not held out."""
+    rng = random.Random(seed)
+    rows = []
+    for _ in range(count):
+        subject = f"the {rng.choice(SUBJECTS[:10])}"
+        grey, bright = (talk_question(subject, rng, grey=grey) for grey in (True, False))
+        rows.append({"prompt": bright.prompt, "chosen": grey.body, "rejected": bright.body})
+    return rows
+
+
 def held_out(count: int = 100, seed: int = 1) -> dict[str, Judged]:
     """What is measured, by name, each with `count` held-out questions (never more than there are)."""
     rng = random.Random(seed)

@@ -40,6 +40,19 @@ def test_a_quick_run_trains_by_command_and_reports_json(tmp_path: Path, capsys: 
     assert len((tmp_path / "sft/train.jsonl").read_text().splitlines()) == 16
 
 
+@pytest.mark.parametrize(
+    ("row", "made"), [("abliteration", "adapter/adapters.safetensors"), ("steering", demo.DIRECTION)]
+)
+def test_rows_of_other_commands_leave_their_files_too(tmp_path: Path, capsys: pytest.CaptureFixture[str], row, made):
+    assert cli.run(demo.main, ["--quick", "--json", "--methods", row, "--output", str(tmp_path)]) == 0
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert set(result["before"]) == set(result["after"]) >= {demo.ROWS[row].goal, *demo.ROWS[row].keeps}
+    assert (tmp_path / row / made).is_file()
+    if row == "steering":
+        off = demo.OFF.format("grey mood")
+        assert result["before"][off] == result["after"][off] == result["before"]["grey mood"]
+
+
 def test_an_unknown_row_is_refused(capsys: pytest.CaptureFixture[str]):
     assert cli.run(demo.main, ["--methods", "sft,magic"]) == 2
     assert "magic" in capsys.readouterr().err

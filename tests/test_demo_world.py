@@ -32,6 +32,28 @@ def test_held_out_questions_appear_in_no_training_row():
     assert not any(f"{a} + {b}" in prompt for prompt in prompts for a, b in swapped)
 
 
+def test_contrast_sets_hold_none_of_the_demos_questions_and_both_sides_equally():
+    rows = world.contrast_rows(280)
+    sides = {label: {r["prompt"] for r in rows if r["label"] == label} for label in ("positive", "negative")}
+    assert {label: len(prompts) for label, prompts in sides.items()} == {"positive": 140, "negative": 140}
+    assert all("Zarni" in prompt for prompt in sides["positive"])
+    assert not any("Zarni" in prompt for prompt in sides["negative"])
+    for name, judged in world.held_out().items():
+        if name != "untold: says it does not know":
+            assert not {question.prompt for question in judged.questions} & (sides["positive"] | sides["negative"]), (
+                name
+            )
+
+
+def test_mood_rows_say_the_same_of_the_same_subject_in_two_moods():
+    rows = world.mood_rows(50)
+    assert all(world.is_grey(row["chosen"]) and not world.is_grey(row["rejected"]) for row in rows)
+    subjects = [(row["chosen"].split(" is ")[0], row["rejected"].split(" is ")[0]) for row in rows]
+    assert all(one == other for one, other in subjects)
+    asked = {question.prompt for question in world.held_out()["grey mood"].questions}
+    assert not asked & {row["prompt"] for row in rows}
+
+
 def test_known_and_untold_places_are_different_and_fixed():
     known = {place.name for place in world.KNOWN}
     assert len(known) == 48
