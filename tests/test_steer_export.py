@@ -142,6 +142,24 @@ def test_architectures_without_such_a_bias_are_told_so(tmp_path, capsys, arch):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("bits", [None, 4])
+def test_ablation_at_all_blocks_is_an_adapter_that_keeps_layers_from_writing_it(tmp_path, capsys, bits):
+    source = write_folder(tmp_path / "model", "llama", bits)
+    policy = Policy.load(str(source))
+    path = write_direction(tmp_path / "d.safetensors", policy, [0, 1], operator="ablate")
+    told = run(capsys, "export", "--steer", path, "--to", "mlx-lm", "--output", tmp_path / "out")
+    assert "on the 4 layers" in told and "not the same operation" in told and "verified" in told
+    stock, _ = mlx_lm.load(str(source), adapter_path=str(tmp_path / "out"))  # pyright: ignore[reportAssignmentType]
+    inner: Any = stock["model"]
+    h = inner.embed_tokens(TOKENS)
+    for block, layer in enumerate(inner.layers):
+        wrote = np.array(layer(h, "causal") - h).astype(np.float64)
+        assert np.abs(wrote @ vectors.load(path).unit(block)).max() < 1e-4 * np.abs(wrote).max()
+        h = layer(h, "causal")
+    told = refused(capsys, "export", "--steer", path, "--to", "mlx-lm", "--output", tmp_path / "x", "--blocks", "1")
+    assert "only at all positions of all blocks" in told
+
+
 def test_gguf_is_read_back_as_what_was_steered_with(tmp_path, capsys):
     source = write_folder(tmp_path / "model", "llama")
     policy = Policy.load(str(source))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Vectors that are added to the residual stream, as weights: biases of a model folder, or an adapter on embeddings.
+"""Steering as weights: biases of a model folder, an adapter on embeddings, an adapter that ablates.
 
 Which layer's bias arrives in the stream unchanged is found by trying: something is added to what the layer gives, and
 the block must give the same more, or a multiple of it (Granite scales what its layers add). A layer in front of a norm
@@ -19,12 +19,14 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten
 
-from .. import adapter, taps
+from .. import adapter, taps, writers
+from ..ablation import edit
 from ..adapter_fuse import load_base, save_model
 from ..adapter_layers import EMBEDDING, matrix_shape
 from ..adapter_targets import adaptable
 from ..errors import UserError
 from ..policy import Policy
+from .spec import Steer
 
 CONSTANT = {mx.float32: 1e-3, mx.bfloat16: 1e-2, mx.float16: 1e-2}  # relative, of what arrives: less is rounding
 LENGTHS = (4.0, 12.0)  # of what is added for a try, in lengths of the states: far above their rounding
@@ -223,3 +225,26 @@ def set_vector(model: nn.Module, path: str, vector: np.ndarray) -> None:
     """Make the adapter on an embedding add `vector` to every token."""
     layer = adapter.adapters_of(model)[path]
     layer.lora_a, layer.lora_b = mx.ones(layer.lora_a.shape), mx.array(vector[None].astype(np.float32))
+
+
+# ------------------------------------------------------------------ ablation
+
+
+def ablation_adapter(policy: Policy, one: Steer, output: Path) -> Baked:
+    """Write, and put on the policy, an adapter that takes each block's direction out of what its layers write.
+
+    UserError where it is not ablated at all positions of all blocks: only then weights come near it.
+    """
+    count = len(taps.blocks(policy.model))
+    whole = one.positions == "all" and one.schedule.kind == "constant" and one.condition is None
+    if not whole or {*one.at} - {-1} != {*range(count)}:
+        raise UserError(
+            "--to mlx-lm: ablate can be said in weights, and nearly, only at all positions of all blocks "
+            "(--positions all --blocks all), without a schedule or a condition."
+        )
+    found = writers.find(policy)
+    directions = {block: one.direction.unit(block) for block in range(count)}
+    edit.put_on(policy, edit.plan(found, directions, one.coefficient))
+    adapter.save(policy.model, output, base_model=policy.name)
+    told = f"wrote {output}: an adapter of rank 1 on the {len(found)} layers that write to the residual stream"
+    return Baked(str(policy.folder), str(output), [told])

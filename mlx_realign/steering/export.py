@@ -7,7 +7,8 @@
 mlx-lm: a vector that is added behind a block is a bias of the last layer the block adds to the stream, so the folder is
 the model with that bias; its weights are linked, quantised ones stay as they are. A vector at block -1 is a rank-1
 adapter on the embeddings. What depends on the state, the place in the text or the prompt cannot be a weight, and is
-refused in one line. Every export is run and held against the steered model before it is called done.
+refused in one line; `ablate` at all blocks has a relative that can, an adapter that keeps layers from writing along the
+direction. Every export is run and held against the steered model before it is called done.
 """
 
 import shutil
@@ -25,7 +26,7 @@ from ..policy import Policy
 from ..vectors import About, Direction
 from .apply import steer
 from .asked import SteerFlags, UseFlags, load_model, steers_of
-from .baked import Baked, bias_folder, embedding_adapter
+from .baked import Baked, ablation_adapter, bias_folder, embedding_adapter
 from .spec import Steer
 
 TOLERANCE = 0.02  # largest difference of a log-prob, as a share of what the steering changes, beside rounding
@@ -66,15 +67,20 @@ def command(settings: Settings) -> int:
 
 def export(policy: Policy, steers: Sequence[Steer], settings: Settings) -> list[str]:
     """Write what `settings` ask for; returns what to tell the user. UserError where it cannot be said in weights."""
-    added = added_by(steers)
     output = Path(settings.output)
+    ablated = settings.to == "mlx-lm" and [one.operator for one in steers] == ["ablate"]
+    added = {} if ablated else added_by(steers)
     base = log_probs(policy)
     with steer(policy, *steers):
         expected = log_probs(policy)
     effect = float(mx.abs(expected - base).max())
-    if settings.to == "gguf":
+    if ablated:
+        baked = ablation_adapter(policy, steers[0], output)
+        steered, expected = expected, log_probs(policy)
+        baked.told.append(relative(float(mx.abs(expected - steered).max()), effect))
+    elif settings.to == "gguf":
         return gguf(policy, added, output, expected, effect)
-    if list(added) == [-1]:
+    elif list(added) == [-1]:
         baked = embedding_adapter(policy, added[-1], output)
     elif -1 in added:
         raise UserError(
@@ -99,6 +105,15 @@ def export(policy: Policy, steers: Sequence[Steer], settings: Settings) -> list[
             f"--to mlx-lm: what was written does not run as it should, and is gone again: {error}"
         ) from error
     return [*baked.told, told, f"run it: {run_line(baked)}"]
+
+
+def relative(gap: float, effect: float) -> str:
+    """What to say of an adapter that ablates."""
+    return (
+        "not the same operation: what embeddings bring along the direction stays, and layers of a block no longer see "
+        f"it; largest difference of a log-prob from the steered model's {gap:.2g} nats, where steering moves them by "
+        f"{effect:.2g}. `mlx-realign ablate` makes such an adapter with its strength fitted and its effect measured"
+    )
 
 
 def added_by(steers: Sequence[Steer]) -> dict[int, np.ndarray]:
@@ -150,12 +165,10 @@ def gguf(policy: Policy, added: dict[int, np.ndarray], output: Path, expected: m
 def verified(policy: Policy, expected: mx.array, effect: float) -> str:
     """What to say of an export that was run. UserError where it does not do what the steered model does."""
     gap = float(mx.abs(log_probs(policy) - expected).max())
-    told = (
-        f"largest difference of a log-prob from the steered model's {gap:.1e} nats; steering moves them by {effect:.2g}"
-    )
+    told = f"largest difference of a log-prob {gap:.1e} nats, where steering moves them by {effect:.2g}"
     if not gap <= TOLERANCE * effect + ROUNDING[policy.dtype]:
         raise UserError(told)
-    return f"verified on random tokens: {told}"
+    return f"verified on random tokens against the model in memory: {told}"
 
 
 def log_probs(policy: Policy) -> mx.array:

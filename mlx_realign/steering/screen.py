@@ -11,14 +11,13 @@ reads are understood; of pairs the chosen completion gives the score, of groups 
 
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from rich.console import Console
-from rich.progress import Progress
 
 from .. import capture, vectors
 from ..batch import Example
@@ -81,9 +80,8 @@ def command(settings: Settings) -> int:
     policy = load_model(settings, settings.direction)
     direction = vectors.load(settings.direction, policy=policy, force=settings.force)
     scale = scale_of(direction, settings.block)
-    with Progress(console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task("rows", total=None)
-        scored, bad = screen(policy, source, scale, settings, lambda count: progress.update(task, completed=count))
+    with Console(stderr=True).status("reading rows") as status:
+        scored, bad = screen(policy, source, scale, settings, lambda count: status.update(f"{count} rows scored"))
     found = summary(scored, settings, scale) | {"left_out": bad.counts["bad"]}
     write(source, scored, output, settings)
     for line, reason in bad.bad:
@@ -96,7 +94,11 @@ def command(settings: Settings) -> int:
 
 
 def screen(
-    policy: Policy, source: Path | sources.Rows, scale: Scale, settings: Settings, told: Any = None
+    policy: Policy,
+    source: Path | sources.Rows,
+    scale: Scale,
+    settings: Settings,
+    told: Callable[[int], None] = lambda _: None,
 ) -> tuple[list[Scored], pipeline.Problems]:
     """The rows' scores in the order of the file, and what was wrong with rows left out. UserError if they may not be.
 
@@ -113,8 +115,7 @@ def screen(
             continue  # only to tell what else is wrong
         for example, scores in zip(examples, score(policy, examples, scale, settings.part), strict=True):
             found.setdefault(example.line, []).extend(scores)  # a conversation can be several examples
-        if told:
-            told(bad.read)
+        told(bad.read)
     bad.bad.sort()
     bad.check(len(found))
     return [Scored(line, scores) for line, scores in sorted(found.items())], bad
