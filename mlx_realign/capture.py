@@ -23,6 +23,7 @@ from .workers import stretch
 
 Prompt = str | list[dict[str, Any]]
 AT_ONCE = 8192  # tokens computed together
+FAR = 1 << 29  # a position no text has
 LIKELY = 0.9  # share of the greedy completions that must begin alike
 
 
@@ -47,7 +48,7 @@ def states(
     if short is not None:
         raise UserError(f"prompt {short + 1} has {len(prompts[short])} tokens, too few for position {min(positions)}")
     picks = [[[len(prompt) + p] for p in positions] for prompt in prompts]
-    yield from _batches(policy, prompts, picks, blocks, at_once)
+    yield from _batches(policy, prompts, picks, [len(prompt) - 1 for prompt in prompts], blocks, at_once)
 
 
 def collect(policy: Policy, prompts: Sequence[Sequence[int]], **options: Any) -> np.ndarray:
@@ -78,7 +79,8 @@ def completion_means(
         raise UserError(f"completion {empty + 1} is empty: it has no states to average")
     texts = [[*prompt, *completion] for prompt, completion in both]
     picks = [[list(range(len(prompt), len(prompt) + len(completion)))] for prompt, completion in both]
-    return _gather(_batches(policy, texts, picks, blocks, at_once), len(texts))[:, :, 0]
+    ends = [len(prompt) - 1 for prompt in prompts]
+    return _gather(_batches(policy, texts, picks, ends, blocks, at_once), len(texts))[:, :, 0]
 
 
 def encode(policy: Policy, prompts: Sequence[Prompt], *, prefix: Sequence[int] = ()) -> list[list[int]]:
@@ -127,9 +129,14 @@ def _gather(batches: Iterator[tuple[list[int], np.ndarray]], count: int) -> np.n
 
 
 def _batches(
-    policy: Policy, texts: Sequence[Sequence[int]], picks: list[list[list[int]]], blocks: Any, at_once: int
+    policy: Policy,
+    texts: Sequence[Sequence[int]],
+    picks: list[list[list[int]]],
+    ends: list[int],
+    blocks: Sequence[int] | None,
+    at_once: int,
 ) -> Iterator[tuple[list[int], np.ndarray]]:
-    """picks[i][j]: the columns of text i that its j-th state is the mean of."""
+    """picks[i][j]: the columns of text i that its j-th state is the mean of; ends: of its last prompt token."""
     paths = taps.blocks(policy.model)
     wanted = list(range(-1, len(paths))) if blocks is None else list(blocks)
     if bad := [b for b in wanted if not -1 <= b < len(paths)]:
@@ -148,7 +155,11 @@ def _batches(
         seen.clear()
         tokens, asked[0] = _arrays([texts[i] for i in part], [picks[i] for i in part], shared)
         caches = [PromptReader(r, mx.zeros(len(part), mx.int32)) for r in recorders] if recorders else None
-        policy.body.hidden(tokens, caches)
+        last = mx.array([ends[i] for i in part], mx.int32)  # for taps that act on some positions only
+        for cache in caches or []:
+            cache.last_prompt = last
+        with taps.tell(last_prompt=last):
+            policy.body.hidden(tokens, caches)
         return mx.stack([seen[block] for block in wanted], 1)
 
     workers = policy.workers.count
@@ -196,6 +207,8 @@ def _shared_start(texts: Sequence[Sequence[int]], picks: list[list[list[int]]]) 
 
 def _record(policy: Policy, start: Sequence[int]) -> list[PromptRecorder]:
     recorders = record(policy.model, mx.array([0]), len(start))
+    for recorder in recorders:
+        recorder.last_prompt = mx.array([FAR])  # it is none of these
     policy.body.hidden(mx.array([list(start)]), recorders)
     mx.eval([recorder.kv for recorder in recorders])
     return recorders

@@ -97,6 +97,7 @@ class GroupCache:
         self.board, self.window = board, window
         self.prompt: tuple[mx.array, ...] = ()  # keys and values [P, Hkv, width, D]
         self.own: tuple[mx.array, ...] = ()  # [B, Hkv, capacity, D]
+        self.notes: dict[str, mx.array] = {}  # [B, ...]: what taps keep of each row from step to step
         self.attended = False
         self.attend = self._attend if board.grouped else None  # what attention calls in the place of its own
 
@@ -174,15 +175,17 @@ class Decoder:
         fresh = {row.group: row for row in new}
         width = max([board.width if kept else 0, *(max(len(row.prompt) - 1, 1) for row in fresh.values())])
         pad = [int(board.pad[p]) + width - board.width for p in prompts]
-        made = self._prefill(list(fresh.values()), width) if fresh else []
+        made, notes = self._prefill(list(fresh.values()), width) if fresh else ([], [{}] * len(self.caches))
         rows, column = mx.array(at, mx.int32), int(held.max(initial=0))
+        came = mx.array([list(fresh).index(row.group) for row in new], mx.int32)
         for i, cache in enumerate(self.caches):
             stay = [x[mx.array(prompts)] for x in cache.prompt] if kept else []
             stay = [mx.pad(x, [(0, 0), (0, 0), (width - x.shape[2], 0), (0, 0)]) for x in stay]
             both = [stay, *([made[i]] if made else [])]
             cache.prompt = tuple(mx.concatenate(list(parts)) for parts in zip(*(p for p in both if p), strict=True))
             cache.own = self._own(cache, rows, column, len(new)) if kept else ()
-        mx.eval([(cache.prompt, cache.own) for cache in self.caches])
+            cache.notes = _joined(cache.notes if kept else {}, rows, notes[i], came)
+        mx.eval([(cache.prompt, cache.own, cache.notes) for cache in self.caches])
         board.width, board.column = width, column
         board.held = np.concatenate([held, np.zeros(len(new), np.int32)])
         pad += [width - (len(row.prompt) - 1) for row in fresh.values()]
@@ -200,7 +203,7 @@ class Decoder:
         uniform = [row.uniform[min(len(row.tokens), len(row.uniform) - 1)] for row in board.rows]
         fed = mx.array(last, mx.int32), mx.array(np.array(uniform, np.float32))
         tokens, logps = self._compiled(*fed) if self.compiled and board.asked else self._next(*fed)
-        mx.eval(tokens, logps, self.seen, [cache.own for cache in self.caches])
+        mx.eval(tokens, logps, self.seen, [(cache.own, cache.notes) for cache in self.caches])
         for row, token, logp in zip(board.rows, np.array(tokens).tolist(), np.array(logps).tolist(), strict=True):
             row.tokens.append(token)
             row.logps.append(logp)
@@ -219,12 +222,12 @@ class Decoder:
         board, columns = self.board, self.caches[0].own[0].shape[2]
         windows = sorted(self.board.asked, key=str)
         masks = [mx.array(board.sees(window, columns)[:, None, None]) for window in windows]
-        kept = [(cache.prompt, cache.own) for cache in self.caches]
+        kept = [(cache.prompt, cache.own, cache.notes) for cache in self.caches]
         where = board.offset, board.last_prompt, board.variant
         arrays = (last, uniform, self.seen, mx.array([board.column]), where, masks, kept, board.groups[:3])
-        tokens, logps, self.seen, owns = self.compiled(arrays)  # type: ignore[misc]
-        for cache, (prompt, _), own in zip(self.caches, kept, owns, strict=True):
-            cache.prompt, cache.own = prompt, tuple(own)
+        tokens, logps, self.seen, made = self.compiled(arrays)  # type: ignore[misc]
+        for cache, (prompt, _, _), (own, notes) in zip(self.caches, kept, made, strict=True):
+            cache.prompt, cache.own, cache.notes = prompt, tuple(own), notes
         return tokens, logps
 
     def _compute(self, arrays: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -239,18 +242,18 @@ class Decoder:
             dict(zip(windows, masks, strict=True)),
             before._replace(row_prompt=groups[0], members=groups[1], place=groups[2]),
         )
-        for cache, (prompt, own) in zip(self.caches, kept, strict=True):
-            cache.prompt, cache.own = tuple(prompt), tuple(own)
+        for cache, (prompt, own, notes) in zip(self.caches, kept, strict=True):
+            cache.prompt, cache.own, cache.notes = tuple(prompt), tuple(own), dict(notes)
         tokens, logps = self._next(last, uniform)
-        found = tokens, logps, self.seen, [list(cache.own) for cache in self.caches]
+        found = tokens, logps, self.seen, [(list(cache.own), cache.notes) for cache in self.caches]
         board.at, board.groups = None, before
         board.offset, board.last_prompt, board.variant = was
         return found
 
-    def _prefill(self, rows: list[Row], width: int) -> list[list[mx.array]]:
-        """Per layer keys and values [P, Hkv, width, D] of prompts without their last tokens, evaluated."""
+    def _prefill(self, rows: list[Row], width: int) -> tuple[list[list[mx.array]], list[dict[str, mx.array]]]:
+        """Per layer keys and values [P, Hkv, width, D] and notes [P, ...] of prompts without their last tokens."""
         at_once = max(1, PREFILL_TOKENS // width)
-        parts = []
+        parts, notes = [], []
         for start in range(0, len(rows), at_once):
             some = rows[start : start + at_once]
             tokens, pad = np.zeros((len(some), width), np.int32), np.zeros(len(some), np.int32)
@@ -261,8 +264,11 @@ class Decoder:
             recorders = record(self.policy.model, mx.array(pad), width, variant)
             self.policy.body.hidden(mx.array(tokens), recorders)
             parts.append([list(recorder.kv) for recorder in recorders])
-            mx.eval(parts[-1])
-        return [[mx.concatenate([part[i][j] for part in parts]) for j in range(2)] for i in range(len(self.caches))]
+            notes.append([recorder.notes for recorder in recorders])
+            mx.eval(parts[-1], notes[-1])
+        layers = range(len(self.caches))
+        joined = [{k: mx.concatenate([part[i][k] for part in notes]) for k in notes[0][i]} for i in layers]
+        return [[mx.concatenate([part[i][j] for part in parts]) for j in range(2)] for i in layers], joined
 
     def _own(self, cache: GroupCache, rows: mx.array, column: int, new: int) -> tuple[mx.array, ...]:
         """Own keys and values of the rows that stay, their newest token at the same column, and room for new ones."""
@@ -275,6 +281,12 @@ class Decoder:
         had = np.zeros(self.policy.vocabulary, bool)
         had[np.concatenate([row.prompt, np.array(row.tokens, np.int32)])] = True
         return had
+
+
+def _joined(old: dict[str, mx.array], stay: mx.array, made: dict[str, mx.array], came: mx.array) -> dict[str, mx.array]:
+    """Notes [B, ...] of the rows that stay and, from their prompts' notes, of those that come."""
+    parts = [part for part in ({k: x[stay] for k, x in old.items()}, {k: x[came] for k, x in made.items()}) if part]
+    return {name: mx.concatenate([part[name] for part in parts]) for name in (parts[0] if parts else ())}
 
 
 def grouped(policy: Policy) -> bool:

@@ -36,6 +36,7 @@ class PromptRecorder:
     def __init__(self, pad: mx.array, window: int | None) -> None:
         self.pad, self.window, self.offset = pad, window, -pad
         self.kv: tuple[mx.array, ...] = ()
+        self.notes: dict[str, mx.array] = {}  # [P, ...]: what taps keep of each prompt, handed on to its rows
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
         self.kv = (keys, values)
@@ -54,6 +55,7 @@ class PromptReader:
         self.pad, self.window = recorder.pad[rows], recorder.window
         self.offset = self.last_prompt = self.prefix - self.pad
         self.variant = None if recorder.variant is None else recorder.variant[rows]
+        self.notes = {name: x[rows] for name, x in recorder.notes.items()}
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
         return mx.concatenate([self.kv[0], keys], 2), mx.concatenate([self.kv[1], values], 2)

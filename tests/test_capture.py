@@ -75,6 +75,27 @@ def test_means_in_a_bfloat16_model_do_not_accumulate_in_bfloat16():
     np.testing.assert_allclose(capture.means(policy, rows), every.astype(np.float64).mean(0), rtol=1e-6, atol=1e-7)
 
 
+def test_taps_are_told_where_prompts_end():
+    """Shared start or not: the last prompt token is each prompt's own, and no token of the start is it."""
+    policy, rows = make_policy("llama", rank=0), texts(3)
+    ends: list[int] = []
+
+    def look(x: mx.array, place: taps.Place) -> mx.array:
+        last = place.last_prompt()
+        assert last is not None
+        here = np.array(place.positions(x.shape[1]) == last[:, None])
+        ends.extend(np.argwhere(here)[:, 1].tolist())
+        return x
+
+    handle = taps.put(policy.model, "model.layers.1", look)
+    for policy.sharing in (True, False):
+        ends.clear()
+        capture.collect(policy, rows)
+        shift = len(START) if policy.sharing else 0
+        assert sorted(ends) == sorted(len(row) - 1 - shift for row in rows)
+    handle.remove()
+
+
 def test_the_common_start_of_completions_is_found():
     policy = Policy.load("tiny-chat")
     prompts = [f"What is the {thing} of Zarnia?" for thing in ("capital", "animal", "colour")]
