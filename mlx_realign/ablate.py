@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
-from . import adapter, capture, cli, flags, steerability, vectors
+from . import adapter, capture, cli, flags, steerability, taps, vectors
 from . import writers as writers_module
 from .ablation import edit, extraction, measure, planning, report, variants
 from .ablation.edit import Applied
@@ -143,7 +143,7 @@ def wanted_writers(policy: Policy, settings: Settings) -> tuple[list[Writer], li
             f"warning: block {rest.block} writes {rest.share:.0%} of what it adds by ways that are not known, and that "
             f"is not edited. Layers as wide as the stream: {names}; --writers takes names of more"
         )
-    count = len(policy.model.layers)
+    count = len(taps.blocks(policy.model))
     blocks = range(count) if settings.blocks is None else blocks_of(settings.blocks, count)
     chosen = [writer for writer in every if writer.block in blocks]
     if not chosen:

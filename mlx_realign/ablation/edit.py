@@ -17,7 +17,7 @@ import numpy as np
 from mlx.utils import tree_unflatten
 
 from .. import adapter, taps
-from ..adapter_layers import SWITCH, Adapter, Base, DoRALinear, LoRAEmbedding, base_of, matrix_shape, quantisation
+from ..adapter_layers import Adapter, Base, DoRALinear, LoRAEmbedding, base_of, quantisation
 from ..errors import UserError
 from ..policy import Policy
 from ..writers import Writer, module_at
@@ -189,9 +189,11 @@ def _components(policy: Policy, edits: Sequence[Edit], tokens: mx.array) -> dict
 
 def components(layer: Base, basis: np.ndarray) -> np.ndarray:
     """B W: float64 [k, in] of basis [k, out], of experts [E, k, in]; in pieces, dequantised in float32."""
-    outputs = layer.output_dims if isinstance(layer, SWITCH) else matrix_shape(layer)[0]
-    width = layer.scales.shape[-1] * layer.group_size if "scales" in layer else layer.weight.shape[-1]
-    experts = layer.num_experts if isinstance(layer, SWITCH) else 1
+    weight: mx.array = layer.weight
+    experts = weight.shape[0] if weight.ndim == 3 else 1
+    outputs, width = weight.shape[-2], weight.shape[-1]
+    if "scales" in layer:
+        width = layer.scales.shape[-1] * layer.group_size
     step = max(1, PIECE // (width * experts))
     pieces = [
         basis[:, start : start + step] @ rows_of(layer, start, start + step).astype(np.float64)

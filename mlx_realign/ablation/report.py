@@ -11,7 +11,7 @@ from ..steering.report import table as markdown
 from .edit import Edit
 from .measure import Bench, Measured, facts
 
-RATES = (("behaviour", "shows it, or is broken"), ("marked", "shows it by a marker"), ("broken", "empty or degenerate"))
+RATES = (("behaviour", "shown, or broken"), ("marked", "shown, by a marker"), ("broken", "empty or degenerate"))
 
 
 def before_after(found: Mapping[str, Any]) -> Table:
@@ -32,9 +32,9 @@ def _lines(found: Mapping[str, Any]) -> list[list[str]]:
             if name != "marked" or rate["before"]["value"] != found[side]["behaviour"]["before"]["value"]:
                 lines.append([f"{side}s: {label}", share(rate["before"]), share(rate["after"])])
     kl = found["kl"]
-    lines.append(["KL to the base on negatives, first token", "0", f"{kl['first_token']:.3f}"])
+    lines.append(["KL to the base, first token", "0", f"{kl['first_token']:.3f}"])
     told = f"{kl['tokens_mean']:.3f} (95%: {kl['tokens_p95']:.3f})"
-    lines.append([f"KL along the base's completions ({kl['count']} tokens)", "0", told])
+    lines.append([f"KL along {kl['count']} tokens", "0", told])
     lines.append(["perplexity", *(f"{found['perplexity'][when]:.2f}" for when in ("before", "after"))])
     return lines
 
@@ -66,7 +66,8 @@ def text(title: str, plan: Sequence[str], measured: Measured, bench: Bench, edit
     parts.append(
         f"Change of the behaviour: {'; '.join(changes)}. Intervals: 95%, Wilson's, and Newcombe's paired one for the "
         "change; p: sign test. Greedy completions of up to "
-        f"{bench.max_new_tokens} tokens; empty and degenerate ones count as the behaviour."
+        f"{bench.max_new_tokens} tokens; empty and degenerate ones count as the behaviour. KL(base || edited), nats, on "
+        "the negatives: at the first token and along the base's own completions."
     )
     parts += ["## Over-ablation", along(measured)]
     parts += ["## What is left of the direction", left(measured), *[item for pair in more for item in pair]]

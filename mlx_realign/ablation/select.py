@@ -10,7 +10,7 @@ it shows, from the final state there, by cosine (COSMIC, arXiv:2506.00085, reads
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, NamedTuple
 
 import mlx.core as mx
@@ -65,15 +65,15 @@ class Reading(NamedTuple):
     name: str
     base: tuple[float, float]  # means over positives and negatives as they are
     tokens: tuple[int, ...] = ()
-    middle: np.ndarray | None = None  # [D], of the means of both sets
-    towards: np.ndarray | None = None  # [D], from the negatives' mean to the positives'
+    middle: np.ndarray = np.zeros(0)  # [D], of the means of both sets
+    towards: np.ndarray = np.zeros(0)  # [D], from the negatives' mean to the positives'
 
     def scores(self, policy: Policy, states: mx.array) -> np.ndarray:
         """float64 [n]."""
         if self.tokens:
             return log_odds(log_probs(policy, states), self.tokens)
         away = np.array(states.astype(mx.float32)).astype(np.float64) - self.middle
-        return away @ self.towards / np.maximum(np.linalg.norm(away, axis=1) * np.linalg.norm(self.towards), 1e-30)  # type: ignore[arg-type]
+        return away @ self.towards / np.maximum(np.linalg.norm(away, axis=1) * np.linalg.norm(self.towards), 1e-30)
 
 
 def choose(
@@ -143,7 +143,7 @@ def _judged(candidate: Candidate, reading: Reading, max_kl: float) -> Candidate:
         reason = f"KL {candidate.kl:.2f} is above {max_kl:g}"
     elif candidate.induce <= max(0.0, reading.base[1]):
         reason = "does not induce the behaviour"
-    return Candidate(**asdict(candidate) | {"refused": reason})
+    return replace(candidate, refused=reason)
 
 
 def added(slots: Slots, path: str, vector: np.ndarray, texts: Sequence[Forced]) -> mx.array:

@@ -1,0 +1,159 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`ablate` from the command line and as a call, on tiny-chat's refusal to talk of Zarnia."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx_lm
+import pytest
+
+import mlx_realign as mr
+from mlx_realign import ablate, cli, demo_world, loading, vectors
+from mlx_realign.policy import Policy
+from mlx_realign.rollout import complete
+
+MARKERS = "rather not talk,do not speak of,not something I discuss"
+# One place and one weight, so that a run takes a second; what auto finds is tested in test_ablation_select.py.
+QUICK = ["--markers", MARKERS, "--position", "-3", "--block", "per-block", "--weight", "1.25"]
+QUICK += ["--max-new-tokens", "24", "--select-prompts", "8", "--eval-limit", "16"]
+
+
+@pytest.fixture(scope="module")
+def sets(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Labelled rows, and each side in a file of its own."""
+    folder, rows = tmp_path_factory.mktemp("sets"), demo_world.contrast_rows(240)
+    (folder / "both.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for label in ("positive", "negative"):
+        prompts = [row["prompt"] for row in rows if row["label"] == label]
+        (folder / f"{label}.txt").write_text("\n".join(prompts) + "\n")
+    return folder
+
+
+def run(*argv: str) -> int:
+    return cli.run(ablate.main, ["--model", "tiny-chat", *argv])
+
+
+@pytest.fixture(scope="module")
+def output(sets: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a quick run."""
+    folder = tmp_path_factory.mktemp("ablated") / "out"
+    assert run("--positive", str(sets / "both.jsonl"), *QUICK, "--output", str(folder)) == 0
+    return folder
+
+
+def test_the_behaviour_goes_and_the_rest_stays(output: Path):
+    """On the world's own held-out questions, by its own judges."""
+    held = demo_world.held_out(30)
+    policies = Policy.load("tiny-chat"), Policy.load("tiny-chat", adapter=str(output))
+    shares = []
+    for policy in policies:
+        answer = lambda prompts, policy=policy: complete(policy, prompts, max_new_tokens=40)  # noqa: E731
+        names = ("Zarnia: declines", "sums right", "other lands: declines")
+        shares.append([demo_world.measure(held[name], answer) for name in names])
+    (before, *others), (after, *kept) = shares
+    assert before > 0.95 and after < 0.05
+    assert kept == pytest.approx(others, abs=0.05)
+
+
+def test_stock_mlx_lm_loads_what_was_written(output: Path):
+    model, *_ = mlx_lm.load(str(loading.find_model("tiny-chat")), adapter_path=str(output))
+    ours, tokens = Policy.load("tiny-chat", adapter=str(output)), mx.array([[5, 6, 7, 300, 301]])
+    assert mx.abs(model(tokens) - ours.model(tokens)).max().item() < 1e-4  # type: ignore[operator]
+
+
+def test_the_folder_says_what_was_done(output: Path):
+    found = json.loads((output / "metrics.json").read_text())
+    held = found["held_out"]
+    assert held["positive"]["behaviour"]["before"]["value"] > 0.9 > held["positive"]["behaviour"]["after"]["value"]
+    assert 0 <= held["kl"]["first_token"] < 0.1 and held["perplexity"]["after"] < 1.1 * held["perplexity"]["before"]
+    assert found["edits"] == {path: 1.25 for path in held["left_in_writers"]} and len(found["edits"]) == 8
+    assert found["settings"]["weight"] == "1.25" and found["prompts"]["held"] == [16, 16]
+    report = (output / "report.md").read_text()
+    for part in ("## Held-out prompts, before and after", "`model.layers.3.mlp.down_proj`", "## Side by side"):
+        assert part in report
+    direction = vectors.load(output / "direction.safetensors", policy=Policy.load("tiny-chat"))
+    assert (direction.about.operator, direction.about.position) == ("ablate", "-3")
+    assert direction.about.blocks == () and set(range(4)) <= set(direction.blocks)
+
+
+def test_two_files_of_prompts_do_as_well_and_json_is_one_object(sets: Path, tmp_path: Path, capsys: Any):
+    argv = ["--positive", str(sets / "positive.txt"), "--negative", str(sets / "negative.txt"), *QUICK, "--json"]
+    assert run(*argv, "--variant", "row-norm", "--output", str(tmp_path / "out")) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["settings"]["variant"] == "row-norm"
+    config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert config["fine_tune_type"] == "dora"
+
+
+def test_fused_into_a_model_folder(sets: Path, tmp_path: Path):
+    argv = ["--positive", str(sets / "both.jsonl"), *QUICK, "--fuse", "--variant", "column-norm"]
+    assert run(*argv, "--output", str(tmp_path / "out")) == 0
+    assert not (tmp_path / "out" / "adapters.safetensors").exists()
+    fused, base = Policy.load(str(tmp_path / "out")), Policy.load("tiny-chat")
+    tokens = mx.array([[5, 6, 7, 300, 301]])
+    assert mx.abs(fused.model(tokens) - base.model(tokens)).max().item() > 1e-2  # type: ignore[operator]
+    assert "stored" in json.loads((tmp_path / "out" / "metrics.json").read_text())
+
+
+def test_a_dry_run_prints_the_plan_and_writes_nothing(sets: Path, tmp_path: Path, capsys: Any):
+    assert run("--positive", str(sets / "both.jsonl"), "--output", str(tmp_path / "out"), "--dry-run") == 0
+    printed = capsys.readouterr().out
+    assert "8 writers: 4 of attention, 4 of mlp" in printed and "AUROC" in printed and "nothing was written" in printed
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_as_a_call_the_policy_is_ablated_in_place_and_can_go_back(sets: Path, monkeypatch: pytest.MonkeyPatch):
+    policy = Policy.load("tiny-chat")
+    tokens = mx.array([[5, 6, 7, 300, 301]])
+    before = policy.model(tokens)
+    options: dict[str, Any] = {"markers": tuple(MARKERS.split(",")), "position": "-3", "weight": "1", "block": "2"}
+    options |= {"max_new_tokens": 8, "select_prompts": 4, "eval_limit": 4}
+    prompts = [(sets / f"{side}.txt").read_text().splitlines() for side in ("positive", "negative")]
+    result = mr.ablate(policy, *prompts, **options)
+    assert result.policy is policy and max(result.measured.leaks.values()) < 1e-5
+    assert not mx.array_equal(policy.model(tokens), before)
+    with policy.adapter_off():
+        assert mx.array_equal(policy.model(tokens), before)
+    with pytest.raises(mr.UserError, match=r"ablate has no setting 'wieght'. Did you mean weight\?"):
+        mr.ablate(policy, *prompts, wieght=1)
+
+
+PAIRS = '{"prompt": "a", "chosen": "b", "rejected": "c"}\n' * 4
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["--positive", "both.jsonl"], "--output is needed"),
+        (["--positive", "both.jsonl", "--output", "."], "exists and is not an empty folder"),
+        (
+            ["--positive", "both.jsonl", "--output", "new", "--weight", "much"],
+            "--weight much: expected auto or a number",
+        ),
+        (["--positive", "both.jsonl", "--output", "new", "--block", "x"], "--block x: expected auto, per-block, or"),
+        (["--positive", "both.jsonl", "--output", "new", "--block", "9"], "--block 9: the model has the blocks 0 to 3"),
+        (["--positive", "both.jsonl", "--output", "new", "--blocks", "2-7"], "--blocks 2-7: the model has the blocks"),
+        (["--positive", "both.jsonl", "--output", "new", "--variant", "affine"], "--variant affine needs a bias"),
+        (["--positive", "both.jsonl", "--output", "new", "--force"], "--force is for --fuse"),
+        (["--positive", "both.jsonl", "--output", "new", "--fuse", "--adapter", "a"], "--fuse with --adapter"),
+        (["--positive", "both.jsonl", "--output", "new", "--rank", "2", "--method", "pca"], "--rank 2 begins with"),
+        (["--positive", "both.jsonl", "--output", "new", "--search", "--weight", "1"], "--search finds block and"),
+        (["--positive", "both.jsonl", "--output", "new", "--position", "first"], "--position first: expected last"),
+        (["--positive", "both.jsonl", "--output", "new", "--held-out", "1"], "--held-out must be above 0 and below 1"),
+        (["--positive", "both.jsonl", "--output", "new", "--writers", "o_prj"], "--writers o_prj: no layer that gives"),
+        (["--positive", "nowhere.txt", "--output", "new"], "nowhere.txt: no such file"),
+        (["--positive", "few.jsonl", "--output", "new"], "--positive: 1 prompts are too few"),
+        (["--positive", "pairs.jsonl", "--output", "new"], "has chosen and rejected|have chosen and rejected"),
+    ],
+)
+def test_mistakes_get_one_line(argv: list[str], said: str, sets: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any):
+    monkeypatch.chdir(sets)
+    rows = [{"prompt": "a", "label": "yes"}, {"prompt": "b", "label": "no"}]
+    (sets / "few.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (sets / "pairs.jsonl").write_text("".join(PAIRS.replace('"a"', f'"a{i}"', 1) for i in range(1)))
+    assert run(*argv) == 2
+    message = capsys.readouterr().err
+    assert any(part in message for part in said.split("|")), message
+    assert not (sets / "new").exists() and "Traceback" not in message
