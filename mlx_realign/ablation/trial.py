@@ -238,16 +238,16 @@ class _Rows(Decoder):
         super().__init__(slots.policy, Sampling(temperature=0))
         self.slots, self.begun = slots, begun
 
-    def _prefill(self, rows: list[Row], width: int) -> list[list[mx.array]]:
+    def _prefill(self, rows: list[Row], width: int) -> tuple[list[list[mx.array]], list[dict[str, mx.array]]]:
         if not self.begun:
             return super()._prefill(rows, width)
         begun = len(self.begun)
         slots = sorted({row.variant for row in rows})
         each = [self.slots._start(slot, self.begun) for slot in slots]
         starts = [_joined(layer) for layer in zip(*each, strict=True)]
-        mx.eval([(start.kv, start.variant) for start in starts])  # workers cannot finish what others began
+        mx.eval([(start.kv, start.variant, start.notes) for start in starts])  # workers cannot finish what others began
 
-        def build(part: list[int]) -> list[mx.array]:
+        def build(part: list[int]) -> tuple[list[mx.array], list[dict[str, mx.array]]]:
             own = [rows[i].prompt[begun:-1] for i in part]
             tokens = np.zeros((len(part), max(map(len, own))), np.int32)
             for row, rest in zip(tokens, own, strict=True):
@@ -255,10 +255,11 @@ class _Rows(Decoder):
             readers = _readers(_Kept, starts, [slots.index(rows[i].variant) for i in part])
             self.policy.body.hidden(mx.array(tokens), readers)
             filled = np.array([begun + len(rest) for rest in own])
-            return [_right_aligned(x, filled, width) for reader in readers for x in reader.whole]
+            aligned = [_right_aligned(x, filled, width) for reader in readers for x in reader.whole]
+            return aligned, [reader.notes for reader in readers]
 
         order = sorted(range(len(rows)), key=lambda i: len(rows[i].prompt))
-        found: list[list[mx.array]] = []
+        found: list[tuple[list[mx.array], list[dict[str, mx.array]]]] = []
         places: list[int] = []
         for parts in _batches([len(rows[i].prompt) - begun for i in order], self.policy.workers.count):
             mine = [[order[i] for i in part] for part in parts]
@@ -266,8 +267,9 @@ class _Rows(Decoder):
             places += [i for part in mine for i in part]
         _set_threads(self.policy)
         back = mx.array(np.argsort(places).astype(np.int32))
-        flat = [mx.concatenate([part[i] for part in found])[back] for i in range(2 * len(starts))]
-        return [flat[i : i + 2] for i in range(0, len(flat), 2)]
+        flat = [mx.concatenate([kv[i] for kv, _ in found])[back] for i in range(2 * len(starts))]
+        notes = [_concatenated([notes[i] for _, notes in found], back) for i in range(len(starts))]
+        return [flat[i : i + 2] for i in range(0, len(flat), 2)], notes
 
     def _next(self, last: mx.array, uniform: mx.array) -> tuple[mx.array, mx.array]:
         """Without log-probs: nobody asks for them."""
@@ -308,7 +310,14 @@ def _joined(recorders: Sequence[PromptRecorder]) -> PromptRecorder:
     joined = PromptRecorder(mx.array([0] * len(recorders), mx.int32), first.window)
     joined.kv = tuple(mx.concatenate(list(both)) for both in zip(*(r.kv for r in recorders), strict=True))
     joined.variant = mx.concatenate([r.variant for r in recorders if r.variant is not None])
+    joined.notes = _concatenated([r.notes for r in recorders])
     return joined
+
+
+def _concatenated(notes: Sequence[dict[str, mx.array]], order: mx.array | None = None) -> dict[str, mx.array]:
+    """What taps keep of each row, parts one after another, or in another order."""
+    joined = {name: mx.concatenate([part[name] for part in notes]) for name in notes[0]}
+    return joined if order is None else {name: x[order] for name, x in joined.items()}
 
 
 def _right_aligned(x: mx.array, filled: np.ndarray, width: int) -> mx.array:
