@@ -20,10 +20,12 @@ from docs_tools import PAGES, ROOT, Block, Command, commands, every, name, secti
 from mlx_realign import cli, config, data, flags, losses, methods
 from mlx_realign.data.validate import validate
 from mlx_realign.methods import dpo
+from mlx_realign.steering import pairs
 
 GUIDE, SKILL = ROOT / "docs/training-methods.md", ROOT / ".claude/skills/training-methods.md"
 COMMANDS = [command for page in PAGES for command in commands(page)]
 ROWS = every("jsonl")
+METHODS = [*methods.names(), *config.COMMANDS]
 METHOD_PARTS = ("Purpose", "Data", "Use", "Not when", "Settings", "Watch", "Failure")
 RUN_ELSEWHERE = ("git", "cd", "source")  # nothing of ours to test
 FOREIGN_FLAGS = {"--help", "--adapter-path", "--group", "--check"}  # of other programs, or of every command
@@ -58,7 +60,7 @@ def desk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder = tmp_path / "desk"
     folder.mkdir()
     monkeypatch.chdir(folder)
-    for block in ROWS:
+    for block in [*ROWS, *(block for block in every("text") if "file" in block.tags)]:
         with open(folder / block.tags["file"], "a") as file:
             file.write(block.text)
     for block in every("python"):
@@ -94,33 +96,38 @@ def test_the_command_runs(command: Command, desk: Path, model: Path, adapter: Pa
         run_ours(command, model, adapter, monkeypatch, capsys)
 
 
-def provide(command: Command) -> None:
-    """Run the `data` commands above this one on its page that write what it reads."""
-    own = [word for word, before in zip(command.words, ["", *command.words], strict=False) if before != "--output"]
+def provide(command: Command, model: Path) -> None:
+    """Run the commands above this one on its page that write the data and the directions it reads."""
+    words = [word for word, before in zip(command.words, ["", *command.words], strict=False) if before != "--output"]
+    own = [name.split(":")[0] for word in words for name in word.split(",")]
     for maker in COMMANDS:
         above = maker.page == command.page and maker.line < command.line
-        if above and maker.words[1:2] == ["data"] and "--output" in maker.words:
+        makes = maker.words[1:2] == ["data"] or maker.words[1:3] == ["steer", "extract"]
+        if above and makes and "--output" in maker.words:
             made = maker.words[maker.words.index("--output") + 1]
             if made in own and not Path(made).exists():
-                provide(maker)
-                assert cli.entry(maker.words[1:]) == 0
+                provide(maker, model)
+                assert cli.entry([*(str(model) if word == "tiny-chat" else word for word in maker.words[1:])]) == 0
 
 
 def run_ours(command: Command, model: Path, adapter: Path, monkeypatch: Any, capsys: Any) -> None:
     """A command of this package, in this process."""
-    provide(command)
+    provide(command, model)
     program, *words = command.words
     if (program, words[0]) == ("python", "-m") and words[1].startswith("mlx_realign."):
         words = [words[1].removeprefix("mlx_realign."), *words[2:]]
     else:
         assert program == "mlx-realign", f"{place(command)}: what is {program}?"
     words = stand_in(words, model, adapter)
-    words += ["--dry-run"] if words[0] == "train" and not {"--dry-run", "--help"} & set(words) else []
-    words += ["--max-new-tokens", "2"] if words[0] == "generate" else []
+    dry = words[0] == "train" and not {"--dry-run", "--help", "steering"} & set(words)
+    words += ["--dry-run"] if dry else []
+    words += ["--max-new-tokens", "2"] if "generate" in words[:2] else []
     if words[0] == "demo":  # minutes of training, which the demo's own test does: here its flags
         demo = importlib.import_module("mlx_realign.demo")
         flags.parse(demo.Settings, words[1:], prog="demo", doc="")
         return
+    if "--search" in words:
+        pytest.importorskip("optuna")
     monkeypatch.setattr(sys, "stdin", io.StringIO("Hello\n"))
     capsys.readouterr()
     try:
@@ -138,8 +145,10 @@ def stand_in(words: list[str], model: Path, adapter: Path) -> list[str]:
     words = list(words)
     for i, word in enumerate(words[:-1]):
         follows = words[i + 1]
-        if word == "--model":
+        if word == "--model" and "--search" not in words:  # a search needs a model that shows the behaviour
             words[i + 1] = str(model)
+        if word == "--trials":
+            words[i + 1] = "4"
         if word in ("--adapter", "--adapter-path") or (i, word) == (0, "export"):
             shutil.copytree(adapter, follows, dirs_exist_ok=True)
             if word == "export":
@@ -168,6 +177,11 @@ def test_every_example_row_is_good(block: Block, model: Path, tmp_path: Path):
     path = tmp_path / block.tags["file"]
     path.write_text(block.text)
     method = block.tags["method"]
+    if method == "contrast":
+        found = pairs.read(path, positive_label=block.tags.get("positive"))
+        tokenizer = load_tokenizer(model)
+        assert all(data.encode_prompt(prompt, tokenizer) for prompt in [*found.positive, *found.negative])
+        return
     read_as = method if method in data.FORMATS else methods.find(method).FORMAT
     found = validate(path, read_as, tokenizer=load_tokenizer(model), max_length=1024)
     count = len(block.text.splitlines())
@@ -194,13 +208,13 @@ def test_the_python_of_a_page_runs_from_top_to_bottom(page: Path, desk: Path, mo
 # ------------------------------------------------------------------------------------------------- methods and settings
 
 
-@pytest.mark.parametrize("method", methods.names())
+@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("page", [GUIDE, SKILL], ids=["guide", "skill"])
 def test_every_method_has_its_section_with_all_parts(page: Path, method: str):
     text = sections(page)[method]
     for part in METHOD_PARTS:
         assert re.search(rf"\*\*[^*]*{part}[^*]*\*\*", text, re.IGNORECASE), f"{name(page)}, {method}: no {part}"
-    assert f"method={method}" in text
+    assert f"method={'contrast' if method in config.COMMANDS else method}" in text
     assert re.search(rf"^mlx-realign train --(config|method) {method} ", text, re.MULTILINE)
 
 
@@ -265,7 +279,8 @@ def test_every_flag_and_path_a_page_names_exists(page: Path):
     text = page.read_text(encoding="utf-8")
     known = set(FOREIGN_FLAGS)
     settings = [config.TrainSettings, *(methods.find(method).Config for method in methods.names())]
-    for module, _ in cli.commands().values():
+    parts = [f"mlx_realign.steering.{path.stem}" for path in (config.PACKAGE / "steering").glob("*.py")]
+    for module in [*(module for module, _ in cli.commands().values()), *parts]:
         found = vars(importlib.import_module(module))
         own = [key for key, value in found.items() if key.endswith(("Settings", "Limits")) and isinstance(value, type)]
         settings += [found[key] for key in own]
@@ -286,7 +301,7 @@ def test_the_skill_has_front_matter_for_assistants():
     head, _, body = SKILL.read_text(encoding="utf-8").removeprefix("---\n").partition("\n---\n")
     keys = dict(re.findall(r"^(\w+):(.*)$", head, re.MULTILINE))
     assert keys["name"].strip() == SKILL.stem
-    assert all(method in keys["description"] for method in methods.names())
+    assert all(method in keys["description"] for method in METHODS)
     triggers = re.findall(r"^  - (.+)$", head, re.MULTILINE)
     assert len(triggers) >= 5 and "triggers" in keys
     assert body.lstrip().startswith("# ")
@@ -314,7 +329,7 @@ TABLES = runpy.run_path(str(ROOT / "docs/tables.py"))
 def test_every_cell_of_the_backend_matrix_has_a_level_and_evidence():
     found = TABLES["load_backends"]()
     cells = [(method, cell["column"]) for cell in found["cells"] for method in cell["methods"]]
-    assert sorted(cells) == sorted((method, column) for method in methods.names() for column in found["columns"])
+    assert sorted(cells) == sorted((method, column) for method in METHODS for column in found["columns"])
     for cell in found["cells"]:
         assert cell["level"] in ("full", "experimental", "none")
         assert len(cell["evidence"].split()) >= 8
