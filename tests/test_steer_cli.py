@@ -11,7 +11,9 @@ from steer_tools import mood_rows, refused, run, states, talk_prompts, write
 
 import mlx_realign
 from mlx_realign import cli, data, rollout, vectors
+from mlx_realign.errors import UserError
 from mlx_realign.policy import Policy
+from mlx_realign.steering import asked
 
 GREY = "dreary|gloomy|dismal|rainy|bleak|sad"
 
@@ -95,9 +97,9 @@ def test_generate_compares_with_the_model_itself(folder, policy, capsys):
 
 
 def test_eval_counts_what_the_judge_accepts(folder, policy, capsys, tmp_path):
-    asked = ("eval", "--steer", f"{folder}/mood.safetensors", "--prompts", folder / "talk.txt", "--max-new-tokens", 24)
+    start = ("eval", "--steer", f"{folder}/mood.safetensors", "--prompts", folder / "talk.txt", "--max-new-tokens", 24)
     options = ("--coefficients", "0,4.5", "--system", "Be grey.", "--output", tmp_path / "r.md", "--json")
-    facts = json.loads(run(capsys, *asked, "--regex", GREY, *options))
+    facts = json.loads(run(capsys, *start, "--regex", GREY, *options))
     without, steered, system = facts["measured"]
     with mlx_realign.steer(policy, vectors.load(folder / "mood.safetensors"), coefficient=4.5):
         texts = rollout.complete(policy, talk_prompts(12), max_new_tokens=24)
@@ -113,8 +115,8 @@ def test_eval_counts_what_the_judge_accepts(folder, policy, capsys, tmp_path):
 
 
 def test_eval_by_markers_and_by_a_verifier(folder, capsys, tmp_path):
-    asked = ("eval", "--steer", f"{folder}/mood.safetensors:4.5", "--max-new-tokens", 24, "--no-kl", "--json")
-    words = (*asked, "--coefficients", "4.5", "--limit", 6)
+    start = ("eval", "--steer", f"{folder}/mood.safetensors:4.5", "--max-new-tokens", 24, "--no-kl", "--json")
+    words = (*start, "--coefficients", "4.5", "--limit", 6)
     rows = write(tmp_path / "rows.jsonl", *({"prompt": p, "answer": "sad"} for p in talk_prompts(6)))
     judge = tmp_path / "judge.py"
     judge.write_text("def verify(completion, row, argument=''):\n    return float(row['answer'] in completion)\n")
@@ -184,6 +186,42 @@ def test_the_other_commands_refuse_in_one_line(folder, policy, words, expected, 
         vectors.save(vectors.Direction({0: np.ones(4)}, about), "other.safetensors")
     told = refused(capsys, *words)
     assert expected in told and "\n" not in told
+
+
+def test_flags_that_say_files_coefficients_and_blocks():
+    assert asked.split("a/b.safetensors:-2.5") == ("a/b.safetensors", -2.5)
+    assert asked.split("a:b.gguf") == ("a:b.gguf", None)
+    words = ["--steer", "a", "--json", "--steer=b:2", "--prompt", "x"]
+    assert asked.joined(words) == ["--json", "--prompt", "x", "--steer", "a,b:2"]
+    assert asked.joined(["--json"]) == ["--json"]
+    direction = vectors.Direction({block: np.ones(2) for block in range(-1, 6)})
+    known = {"3": (3,), "-1": (-1,), "1-3": (1, 2, 3), "0,2-3": (0, 2, 3), "all": (-1, 0, 1, 2, 3, 4, 5)}
+    assert {text: asked.blocks_of(text, direction) for text in known} == known
+    for wrong in ("", "3-1", "a", "6", "1-9", "-2"):
+        with pytest.raises(UserError):
+            asked.blocks_of(wrong, direction)
+
+
+def test_a_file_is_used_as_it_is_meant_unless_flags_say_otherwise():
+    about = vectors.About(operator="add_norm", positions="generated", coefficient=3.0, blocks=(1,))
+    direction = vectors.Direction({0: np.ones(2), 1: np.ones(2)}, about)
+    one = asked.steer_of(direction, asked.SteerFlags())
+    assert (one.operator, one.positions, one.coefficient, one.at) == ("add_norm", "generated", 3.0, (1,))
+    other = asked.SteerFlags(operator="clamp", positions="all", blocks="0-1", low=-1.0, schedule="linear:8")
+    one = asked.steer_of(direction, other)
+    assert (one.operator, one.positions, one.coefficient, one.at) == ("clamp", "all", 1.0, (0, 1))
+    assert (one.low, one.high, one.schedule.tokens) == (-1.0, None, 8.0)
+    assert asked.steer_of(direction, asked.SteerFlags(), -0.5).coefficient == -0.5
+
+
+def test_training_hands_over_with_the_recipe_as_flags(folder, tmp_path, capsys):
+    lines = {"method": "steering", "model": "tiny-chat", "positive": str(folder / "mood.jsonl"), "block": "1"}
+    recipe = write(
+        tmp_path / "r.toml", *(f"{key} = {json.dumps(value)}" for key, value in lines.items()), "calibrate = false"
+    )
+    words = ["train", "--config", str(recipe), "--output", str(tmp_path / "d.safetensors"), "--method", "steering"]
+    assert cli.entry(words) == 0
+    assert vectors.load(tmp_path / "d.safetensors").about.blocks == (1,)
 
 
 def test_help_names_the_commands_and_every_flag_says_what_it_does(capsys):
