@@ -40,6 +40,9 @@ from .steering.pairs import Contrast
 from .vectors import Direction
 from .writers import Writer
 
+# What a call does not take: it gets a policy that is loaded and prompts, and returns what it found.
+COMMAND_ONLY = ("model", "positive", "negative", "adapter", "dtype", "quantize", "cpu_dequantize", "dry_run", "json")
+
 
 @dataclass
 class Result:
@@ -66,7 +69,7 @@ def main(argv: list[str]) -> int:
             print(note, file=sys.stderr)
         found = run(policy, contrast, settings, say=status.update, console=console)
     if settings.json:
-        print(json.dumps(found.facts if isinstance(found, Result) else found, ensure_ascii=False))
+        print(json.dumps(_plain(found.facts if isinstance(found, Result) else found), ensure_ascii=False))
     return 0
 
 
@@ -84,14 +87,14 @@ def ablate(
     afterwards (`fuse=True`: in its weights), next to one that it had; `policy.adapter_off()` is the base. Raises
     UserError as the command does.
     """
-    fields = flags.fields_of(Settings)
+    fields = {name: field for name, field in flags.fields_of(Settings).items() if name not in COMMAND_ONLY}
     if unknown := next((name for name in options if name not in fields), None):
         raise UserError(f"ablate has no setting {unknown!r}.{flags.nearest(unknown, fields)}")
     values = {name: flags.convert(fields[name].kind, value, name) for name, value in options.items()}
     settings = Settings(**{"model": policy.name, "positive": "prompts", **values})
     check(settings, writes=False)
     contrast = pairs.read(positive, negative, positive_label=settings.positive_label)
-    found = run(policy, contrast, dataclasses.replace(settings, dry_run=False), say=say)
+    found = run(policy, contrast, settings, say=say)
     assert isinstance(found, Result)
     return found
 
@@ -178,6 +181,8 @@ def put_on(extracted: Extracted, plan: Plan, sets: Sets, settings: Settings) -> 
     policy, edits, lines = extracted.policy, plan.edits, []
     if not edits:
         raise UserError("nothing is to be edited: all weights are 0.")
+    if settings.fuse and policy.config.get("quantization") and not (settings.force or settings.dequantize):
+        variants.save_fused(policy.folder, None, edits, settings.variant)  # raises, with what it would cost
     if settings.fuse and not any("scales" in writers_module.module_at(policy.model, e.writer.path) for e in edits):
         means = None
         if settings.variant == "affine":

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """The modules that write to the residual stream, found by running each decoder block, whatever their names are.
 
-A writer is a module whose output moves what its block gives by a multiple of itself, entry by entry, once all writers
-that are called after it are silent: attention's and MLPs' last layers, every expert's, those of convolutions and state
-spaces. Where a norm stands between it and the stream, each entry has a gain of its own, which is measured too.
+A writer is a module whose output moves what its block gives by a multiple of itself, entry by entry, while all other
+layers as wide as the stream are silent: attention's and MLPs' last layers, every expert's, those of convolutions and
+state spaces. Where a norm stands between it and the stream, each entry has a gain of its own, which is measured too.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
@@ -24,6 +24,8 @@ from .flags import nearest
 from .policy import Policy
 
 Kind = Literal["attention", "mlp", "experts"]
+
+Said = mx.array | Callable[[mx.array], mx.array]  # what a layer is made to give: a vector [d], or a function of its own
 
 TOKENS = 6
 STATE_SIZE = 0.1  # root mean square of the states that blocks read: far above a norm's epsilon, far below a gain
@@ -53,10 +55,10 @@ class Writer:
 
 
 class Rest(NamedTuple):
-    """What a block adds to the stream although all writers that are known are silent."""
+    """What a block adds to the stream although all writers that are known are silent, or lose a direction."""
 
     block: int
-    share: float  # of the norm of what it adds otherwise
+    share: float  # of the norm of what it adds otherwise (along the direction)
     modules: list[str]  # paths of its layers that are as wide as the stream and no writers
 
 
@@ -69,40 +71,52 @@ def find(policy: Policy, extra: Sequence[str] = ()) -> list[Writer]:
     with _Bench(policy) as bench:
         bench.run({})
         _refuse_unknown(extra, bench)
+        called = bench.called
         found: dict[str, np.ndarray | None] = {}
-        silent: dict[str, mx.array] = {}
-        waiting = [[p for p in reversed(bench.called) if bench.block_of[p] == b] for b in range(len(bench.blocks))]
+        waiting = [[p for p in called if bench.block_of[p] == b] for b in range(len(bench.blocks))]
+        silence = bench.run(bench.silent).astype(np.float64)
         for step in range(max(map(len, waiting), default=0)):
             now = [paths[step] for paths in waiting if len(paths) > step]
-            for path, (passes, gain) in _try(bench, now, silent).items():
+            for path, (passes, gain) in _try(bench, now, silence).items():
                 if passes or any(names(name, path) for name in extra):
-                    found[path], silent[path] = gain if passes else None, bench.zero
+                    found[path] = gain if passes else None
         mixing = _mixing(bench, list(found))
         kinds: dict[str, Kind] = {p: "attention" if p in mixing else "mlp" for p in found}
         kinds |= {path: "experts" for path in found if isinstance(bench.layers[path], SWITCH)}
-        order = sorted(found, key=lambda path: (bench.block_of[path], bench.called.index(path)))
+        order = sorted(found, key=lambda path: (bench.block_of[path], called.index(path)))
         return [Writer(path, bench.block_of[path], kinds[path], found[path]) for path in order]
 
 
 def rest(policy: Policy, writers: Sequence[Writer]) -> list[Rest]:
     """Blocks that write to the stream by other ways than `writers`; empty where all is known.
 
-    With all writers silent a block must give a multiple of what it reads. What else it gives would hold a direction
-    that was ablated from all writers.
+    With all writers silent a block must give a multiple of what it reads, and with a direction taken out of all of them
+    nothing along it: what else it gives would hold a direction that was ablated from all writers.
     """
+    known = {writer.path for writer in writers}
     with _Bench(policy) as bench:
         spoken = bench.run({})
-        left = bench.run({writer.path: bench.zero for writer in writers})
-        reads = np.array(bench.states)
+        silent = bench.run({path: bench.zero for path in known})
+        unit = np.array(bench.signs[0]) / np.sqrt(bench.width)
+        bases = {writer.path: mx.array(writer.basis(unit).astype(np.float32)) for writer in writers}
+        without = bench.run({path: _projection(basis) for path, basis in bases.items()})
         found = []
-        for block, (read, out, whole) in enumerate(zip(reads, left, spoken, strict=True)):
-            other = out - read * float((out * read).sum() / (read * read).sum())
-            share = float(np.linalg.norm(other) / max(np.linalg.norm(whole - read), 1e-30))
-            if share > bench.tolerance:
-                known = {writer.path for writer in writers}
+        for block, read in enumerate(np.array(bench.states)):
+            kept = read * float((silent[block] * read).sum() / (read * read).sum())
+            other, part, whole = silent[block] - kept, (without[block] - kept) @ unit, spoken[block] - kept
+            shares = (_share(other, whole), _share(part, whole @ unit))
+            if max(shares) > bench.tolerance:
                 modules = [p for p, b in bench.block_of.items() if b == block and p not in known]
-                found.append(Rest(block, share, modules))
+                found.append(Rest(block, max(shares), modules))
         return found
+
+
+def _projection(basis: mx.array) -> Callable[[mx.array], mx.array]:
+    return lambda y: (y.astype(mx.float32) - (y.astype(mx.float32) @ basis.T) @ basis).astype(y.dtype)
+
+
+def _share(part: np.ndarray, whole: np.ndarray) -> float:
+    return float(np.linalg.norm(part) / max(float(np.linalg.norm(whole)), 1e-30))
 
 
 # ------------------------------------------------------------------ running blocks
@@ -115,7 +129,7 @@ class _Bench:
         self.policy, self.model = policy, policy.model
         self.blocks = taps.blocks(self.model)
         self.stack = ExitStack()
-        self.given: Mapping[str, mx.array] = {}
+        self.given: Mapping[str, Said] = {}
         self.heard: dict[str, mx.array] = {}  # what layers would give, by path, in the order of their calls
         self.out: dict[int, mx.array] = {}
         keys = mx.random.split(mx.random.key(0), 3)
@@ -127,6 +141,12 @@ class _Bench:
         self.policy.body.hidden(self.tokens)
         first = self.out[0]
         self.width = first.shape[-1]
+        if first.shape != (1, TOKENS, self.width):
+            self.stack.close()
+            raise UserError(
+                f"--model {policy.name}: its blocks pass on an array {first.shape}, not one vector per token: what "
+                "writes to such a stream cannot be told."
+            )
         self.states = STATE_SIZE * mx.random.normal((len(self.blocks), TOKENS, self.width), key=keys[1])
         self.states = self.states.astype(first.dtype).astype(mx.float32)
         self.tolerance = 5e-3 if first.dtype == mx.float32 else 5e-2
@@ -138,6 +158,7 @@ class _Bench:
         self.block_of = {p: i for p in self.layers for i, b in enumerate(self.blocks) if p.startswith(b + ".")}
         for path in self.block_of:
             self._tap(path, lambda y, _, path=path: self._say(y, path))
+        self.silent: dict[str, Said] = dict.fromkeys(self.block_of, self.zero)
 
     def __enter__(self) -> "_Bench":
         return self
@@ -145,8 +166,8 @@ class _Bench:
     def __exit__(self, *_: Any) -> None:
         self.stack.close()
 
-    def run(self, given: Mapping[str, mx.array]) -> np.ndarray:
-        """What the blocks give, float32 [blocks, T, d], while each layer in `given` says its vector [d]."""
+    def run(self, given: Mapping[str, Said]) -> np.ndarray:
+        """What the blocks give, float32 [blocks, T, d], while the layers in `given` give what it says."""
         self.given = given
         self.heard.clear()
         self.policy.body.hidden(self.tokens)
@@ -168,8 +189,10 @@ class _Bench:
         return x
 
     def _say(self, y: mx.array, path: str) -> mx.array:
-        self.heard[path] = y
-        return mx.broadcast_to(self.given[path], y.shape).astype(y.dtype) if path in self.given else y
+        self.heard[path], said = y, self.given.get(path)
+        if isinstance(said, mx.array):
+            return mx.broadcast_to(said, y.shape).astype(y.dtype)
+        return said(y) if said else y
 
 
 def _candidates(model: nn.Module, width: int) -> dict[str, Base]:
@@ -189,14 +212,13 @@ def outputs(layer: Base) -> int:
 # ------------------------------------------------------------------ judging
 
 
-def _try(bench: _Bench, paths: list[str], silent: Mapping[str, mx.array]) -> dict[str, tuple[bool, np.ndarray | None]]:
+def _try(bench: _Bench, paths: list[str], silence: np.ndarray) -> dict[str, tuple[bool, np.ndarray | None]]:
     """For one layer of each block: whether what it gives passes into the stream, and with which gain."""
 
     def move(vector: mx.array) -> np.ndarray:
-        return bench.run({**silent, **dict.fromkeys(paths, vector)}).astype(np.float64) - still
+        return bench.run({**bench.silent, **dict.fromkeys(paths, vector)}).astype(np.float64) - silence
 
     one, two = bench.signs
-    still = bench.run({**silent, **dict.fromkeys(paths, bench.zero)}).astype(np.float64)
     first = move(one)
     moved = {path: bool(np.any(first[bench.block_of[path]])) for path in paths}
     if not any(moved.values()):

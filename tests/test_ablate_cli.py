@@ -118,6 +118,32 @@ def test_as_a_call_the_policy_is_ablated_in_place_and_can_go_back(sets: Path, mo
         assert mx.array_equal(policy.model(tokens), before)
     with pytest.raises(mr.UserError, match=r"ablate has no setting 'wieght'. Did you mean weight\?"):
         mr.ablate(policy, *prompts, wieght=1)
+    with pytest.raises(mr.UserError, match="ablate has no setting 'dtype'"):  # the policy is loaded already
+        mr.ablate(policy, *prompts, dtype="float32")
+
+
+def test_an_adapter_that_it_starts_from_is_in_the_result(sets: Path, output: Path, tmp_path: Path):
+    """Its own one, so that there is little left to take."""
+    argv = ["--positive", str(sets / "both.jsonl"), *QUICK, "--adapter", str(output), "--output", str(tmp_path / "two")]
+    assert run(*argv) == 0
+    config = json.loads((tmp_path / "two" / "adapter_config.json").read_text())
+    assert config["lora_parameters"]["rank"] == 2
+    found = json.loads((tmp_path / "two" / "metrics.json").read_text())["held_out"]
+    assert found["positive"]["behaviour"]["before"]["value"] < 0.2  # what it starts from, not the base
+    assert any("of the positives showed the behaviour before" in note for note in found["notes"])
+
+
+def test_a_search_ends_in_an_adapter_and_goes_on_from_its_journal(sets: Path, tmp_path: Path, capsys: Any):
+    pytest.importorskip("optuna")
+    argv = ["--positive", str(sets / "both.jsonl"), "--markers", MARKERS, "--position", "-3", "--max-new-tokens", "24"]
+    argv += ["--select-prompts", "8", "--eval-limit", "8", "--search", "--trials", "6", "--output"]
+    assert run(*argv, str(tmp_path / "out")) == 0
+    assert (tmp_path / "out.search.jsonl").exists() and (tmp_path / "out" / "adapters.safetensors").exists()
+    first = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert 0 <= first["trial"] < 6 and set(first["kernel"]) >= {"attention", "mlp"}
+    assert run(*argv, str(tmp_path / "again"), "--journal", str(tmp_path / "out.search.jsonl")) == 0
+    again = json.loads((tmp_path / "again" / "metrics.json").read_text())
+    assert (again["trial"], again["edits"]) == (first["trial"], first["edits"])  # whole: it only picks
 
 
 PAIRS = '{"prompt": "a", "chosen": "b", "rejected": "c"}\n' * 4
@@ -140,6 +166,10 @@ PAIRS = '{"prompt": "a", "chosen": "b", "rejected": "c"}\n' * 4
         (["--positive", "both.jsonl", "--output", "new", "--fuse", "--adapter", "a"], "--fuse with --adapter"),
         (["--positive", "both.jsonl", "--output", "new", "--rank", "2", "--method", "pca"], "--rank 2 begins with"),
         (["--positive", "both.jsonl", "--output", "new", "--search", "--weight", "1"], "--search finds block and"),
+        (
+            ["--positive", "both.jsonl", "--output", "new", "--search", "--mlp-weight", "2"],
+            "--search finds the weights",
+        ),
         (["--positive", "both.jsonl", "--output", "new", "--position", "first"], "--position first: expected last"),
         (["--positive", "both.jsonl", "--output", "new", "--held-out", "1"], "--held-out must be above 0 and below 1"),
         (["--positive", "both.jsonl", "--output", "new", "--writers", "o_prj"], "--writers o_prj: no layer that gives"),

@@ -12,7 +12,7 @@ import pytest
 from mlx.utils import tree_flatten
 from mlx_lm.tuner.utils import load_adapters
 from policy_tools import make_policy
-from test_writers import policy_of
+from test_writers import GEMMA4, policy_of
 
 from mlx_realign import adapter, capture, writers
 from mlx_realign.ablation import edit
@@ -66,6 +66,13 @@ def test_nothing_is_left_of_r_in_what_blocks_add(case: str):
     assert left(policy, unit(R)[None]) < limit
     assert max(edit.leaks(applied, TOKENS).values()) < limit
     assert max(edit.left_in_blocks(policy, R, TOKENS).values()) < limit
+
+
+def test_experts_and_mlp_behind_two_norms_each_lose_r_as_well():
+    policy = policy_of("gemma4_text", **GEMMA4)
+    applied = edit.put_on(policy, edit.plan(writers.find(policy), R))
+    assert len(applied.edits) == 8
+    assert max(edit.left_in_blocks(policy, R, TOKENS).values()) < 1e-5
 
 
 @pytest.mark.parametrize("arch", ["llama", "qwen3_moe", "olmo2"])
@@ -128,7 +135,7 @@ def test_off_is_the_original_bit_for_bit(case: str, dora: bool):
 
 
 def flat(policy: Policy) -> Any:
-    return [(name, value) for name, value in tree_flatten(policy.model.parameters()) if value.dtype != mx.bfloat16]
+    return tree_flatten(policy.model.parameters())
 
 
 @pytest.mark.parametrize("arch", ["llama", "qwen3_moe"])

@@ -33,9 +33,23 @@ BLOCKS: dict[str, list[list[tuple[str, str]]]] = {
 }
 
 
-def policy_of(arch: str, bits: int | None = None, dtype: mx.Dtype = mx.float32) -> Policy:
+GEMMA4 = {
+    "layer_types": ["sliding_attention", "full_attention"],
+    "sliding_window": 8,
+    "global_head_dim": 16,
+    "hidden_size_per_layer_input": 16,
+    "vocab_size_per_layer_input": 320,
+    "num_kv_shared_layers": 0,
+    "enable_moe_block": True,
+    "num_experts": 4,
+    "top_k_experts": 2,
+    "moe_intermediate_size": 64,
+}
+
+
+def policy_of(arch: str, bits: int | None = None, dtype: mx.Dtype = mx.float32, **changes: Any) -> Policy:
     """A tiny random model whose norms have gains, as trained ones do."""
-    model = make_model(arch)
+    model = make_model(arch, **changes)
     keys = iter(mx.random.split(mx.random.key(7), 200))
     jitter = lambda path, x: x + 0.3 * mx.random.normal(x.shape, key=next(keys)) if "norm" in path else x  # noqa: E731
     model.update(tree_map_with_path(jitter, model.parameters()))
@@ -73,12 +87,30 @@ def test_quantised_layers_are_writers_too(arch: str, bits: int):
 def test_gains_are_those_of_the_norms_in_between(arch: str, norms: tuple[str, str], offset: float, dtype: mx.Dtype):
     policy = policy_of(arch, dtype=dtype)
     for writer in writers.find(policy):
-        block = policy.model.layers[writer.block]
+        block: Any = policy.model.layers[writer.block]  # pyright: ignore[reportOptionalSubscript]
         weight = block[norms[0] if writer.kind == "attention" else norms[1]].weight
         expected = np.array((weight + offset).astype(mx.float32)).astype(np.float64)
         assert writer.gain is not None
         cosine = expected @ writer.gain / np.linalg.norm(expected) / np.linalg.norm(writer.gain)
         assert 1 - cosine < 1e-9, f"{writer.path}: {cosine}"  # also in bfloat16: what is measured is made exact
+
+
+def test_gains_of_two_norms_in_a_row_are_multiplied():
+    """Gemma 4's experts and MLP have a norm each, and one around their sum; its embeddings per layer write as well."""
+    policy = policy_of("gemma4_text", **GEMMA4)
+    found = {writer.path.split(".", 3)[3]: writer for writer in writers.find(policy) if writer.block == 0}
+    block: Any = policy.model.layers[0]  # pyright: ignore[reportOptionalSubscript]
+    norms = {
+        "self_attn.o_proj": ["post_attention_layernorm"],
+        "mlp.down_proj": ["post_feedforward_layernorm", "post_feedforward_layernorm_1"],
+        "experts.switch_glu.down_proj": ["post_feedforward_layernorm", "post_feedforward_layernorm_2"],
+        "per_layer_projection": ["post_per_layer_input_norm"],
+    }
+    assert found.keys() == norms.keys() and writers.rest(policy, list(found.values())) != []  # block 1's are missing
+    for path, between in norms.items():
+        expected = np.prod([np.array(block[name].weight).astype(np.float64) for name in between], axis=0)
+        gain: Any = found[path].gain
+        np.testing.assert_allclose(gain / np.linalg.norm(gain), expected / np.linalg.norm(expected), atol=1e-6)
 
 
 def test_without_a_norm_in_between_there_is_no_gain():
@@ -122,6 +154,14 @@ class Secret:
         return h + self.mlp(self.post_attention_layernorm(h)) + mx.tanh(h) @ self.each
 
 
+class Gated:
+    """A llama block whose MLP reaches the stream through gates per entry that depend on the token."""
+
+    def __call__(self: Any, x: mx.array, mask: Any = None, cache: Any = None) -> mx.array:
+        h = x + self.self_attn(self.input_layernorm(x), mask, cache)
+        return h + mx.sigmoid(20 * h * self.each) * self.mlp(self.post_attention_layernorm(h))
+
+
 def odd(how: type, each: mx.array) -> Policy:
     model: Any = make_model("llama")
     block = model.layers[1]
@@ -147,6 +187,15 @@ def test_what_writes_by_other_ways_is_told_and_not_passed_over():
     assert told.block == 1 and told.share > 0.05
     assert "model.layers.1.self_attn.q_proj" in told.modules  # as wide as the stream, and no writer
     assert "model.layers.1.mlp.down_proj" not in told.modules
+
+
+def test_what_no_projection_can_empty_is_told():
+    """Behind gates that change with the token, what is taken out of a writer comes back."""
+    policy = odd(Gated, mx.random.normal((64,), key=mx.random.key(3)))
+    found = writers.find(policy)
+    assert [rest.block for rest in writers.rest(policy, found)] == [1]
+    named = writers.find(policy, ["mlp.down_proj"])  # nor when the user says it is one
+    assert [rest.block for rest in writers.rest(policy, named)] == [1]
 
 
 def test_the_user_names_more_writers():

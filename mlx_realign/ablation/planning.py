@@ -40,16 +40,20 @@ class Plan:
 
 def decided(extracted: Extracted, sets: Sets, writers: list[Writer], settings: Settings, say: Say) -> Plan:
     """Block, position and weight: as told, or by what they do."""
-    chosen = sources(extracted, sets, writers, settings, say)
-    plan = Plan([], None, chosen.best.position, [], [select.table(chosen)], {"selection": select.plain(chosen)})
-    named = candidates(chosen, settings)
-    name, weight = next(iter(named)), weight_of(settings)
+    plan, note = Plan([], None, next(iter(extracted.states))), None
+    if settings.block == "per-block" and len(extracted.states) == 1:
+        named: dict[str, Where] = {f"each block, {said(plan.position)}": (None, plan.position)}
+    else:
+        chosen = sources(extracted, sets, writers, settings, say)
+        plan.tables, plan.facts = [select.table(chosen)], {"selection": select.plain(chosen)}
+        named, note = candidates(chosen, settings), chosen.note
+    name, weight, best = next(iter(named)), weight_of(settings), None
     if weight is None or len(named) > 1:
         best = by_completions(extracted, named, sets, writers, settings, plan, say)
-        if best:
-            name, weight = best.name, best.weight
-        elif chosen.note:
-            plan.lines.append(chosen.note)
+    if best:
+        name, weight = best.name, best.weight
+    elif note:
+        plan.lines.append(note)
     weight = 1.0 if weight is None else weight
     plan.block, plan.position = named[name]
     share = shares(settings)

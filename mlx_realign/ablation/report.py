@@ -65,9 +65,9 @@ def text(title: str, plan: Sequence[str], measured: Measured, bench: Bench, edit
         changes.append(f"{side}s {told}")
     parts.append(
         f"Change of the behaviour: {'; '.join(changes)}. Intervals: 95%, Wilson's, and Newcombe's paired one for the "
-        "change; p: sign test. Greedy completions of up to "
-        f"{bench.max_new_tokens} tokens; empty and degenerate ones count as the behaviour. KL(base || edited), nats, on "
-        "the negatives: at the first token and along the base's own completions."
+        f"change; p: sign test. Greedy completions of up to {bench.max_new_tokens} tokens; empty and degenerate ones "
+        "count as the behaviour. KL(base || edited), nats, on the negatives: at the first token and along the base's "
+        "own completions."
     )
     parts += ["## Over-ablation", along(measured)]
     parts += ["## What is left of the direction", left(measured), *[item for pair in more for item in pair]]

@@ -162,6 +162,13 @@ def _clashes(settings: Settings) -> None:
         raise UserError(f"--rank {settings.rank} begins with the mean difference: it goes with --method mean only.")
     if settings.rank > 1 and settings.variant in ("projected", "biprojected"):
         raise UserError(f"--rank {settings.rank} and --variant {settings.variant} do not go together: use --rank 1.")
+    kinds = (settings.attention_weight, settings.mlp_weight, settings.experts_weight)
+    if settings.search and any(weight != 1 for weight in kinds):
+        raise UserError(
+            "--search finds the weights of attention and MLPs itself: leave --attention-weight and so on off."
+        )
+    if settings.search and not (settings.output or settings.journal or settings.dry_run):
+        raise UserError("--search needs --journal, the file that it goes on from, where there is no --output.")
     if settings.search and (settings.rank > 1 or settings.weight != "auto" or settings.block != "auto"):
         raise UserError(
             "--search finds block and weights itself, for one direction: leave --block, --weight, --rank off."

@@ -186,7 +186,7 @@ def rewrite(policy: Policy, edits: Sequence[Edit], variant: str, means: Means | 
 
 def save_fused(
     source: Path,
-    output: Path,
+    output: Path | None,
     edits: Sequence[Edit],
     variant: str,
     *,
@@ -198,6 +198,7 @@ def save_fused(
     """Write the model of a folder with the edits in its weights, as they are stored there; what storing has cost.
 
     UserError with that number where the weights are quantised, unless `force`. dequantize: as float weights instead.
+    output None: nothing is written.
     """
     model, config = load_base(source, trust_remote_code)
     if dequantize:
@@ -225,6 +226,7 @@ def save_fused(
             f"{rounding:.0%} of what the edit does and leave {np.mean(list(left.values())):.1%} of the direction in "
             "them. Leave --fuse off (the adapter is exact), or use --dequantize; --force quantises anyway."
         )
-    output.mkdir(parents=True, exist_ok=True)
-    save_model(model, config, source, output)
+    if output is not None:
+        output.mkdir(parents=True, exist_ok=True)
+        save_model(model, config, source, output)
     return Stored(rounding, left)
