@@ -115,7 +115,11 @@ def run(
     with Slots(policy, writers, SLOTS, direction.width) as slots:
         search = _Search(slots, made, writers, direction, rows, max_kl, say)
         base = study.same(asked) or study.begin(asked, search.measure_base())
-        search.run(study, base, trials)
+        try:
+            search.run(study, base, trials)
+        except KeyboardInterrupt:
+            say(f"stopped: {len(study.trials())} trials are kept in {journal}; the same command goes on from there")
+            raise
         done = study.trials()
         chosen = choose(pick, done, made)
         notes = [f"{sum(t.pruned for t in done)} of {len(done)} trials were left early"]
