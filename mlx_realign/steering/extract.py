@@ -12,9 +12,10 @@ the direction, a report (.md) and a plot (.png, where matplotlib is installed) a
 import importlib.util
 import json
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 from rich.console import Console
@@ -34,6 +35,8 @@ from .spec import Steer
 METHODS = {"mean": "mean_difference", "pca": "pca", "logistic": "logistic", "lda": "lda"}
 CALIBRATED = ("add", "add_norm", "ablate_add")  # operators whose coefficient is a strength without a natural value
 CALIBRATION_PROMPTS = 16
+
+Say = Callable[[str], None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,12 +146,11 @@ def position_of(text: str) -> int | None:
     raise UserError(f"--position {text}: expected last, mean, or a place from the end such as -3.")
 
 
-def extract(policy: Policy, contrast: Contrast, settings: Settings, say: Any = None) -> Extracted:
+def extract(policy: Policy, contrast: Contrast, settings: Settings, say: Say = lambda _: None) -> Extracted:
     """The direction of a contrast in every block of a policy, with what is known of it. say: told what is being done.
 
     UserError where sets that must be pairs are not, a block is not there, or a vector is zero.
     """
-    say = say or (lambda _: None)
     paired = contrast.paired or settings.paired
     if paired and len(contrast.positive) != len(contrast.negative):
         raise UserError(
@@ -188,7 +190,7 @@ def extract(policy: Policy, contrast: Contrast, settings: Settings, say: Any = N
     return Extracted(direction, separations, steerability.warn(separations), made, prefix)
 
 
-def prefix_of(policy: Policy, contrast: Contrast, settings: Settings, say: Any) -> list[int]:
+def prefix_of(policy: Policy, contrast: Contrast, settings: Settings, say: Say) -> list[int]:
     """Tokens that the model's completions of both sets begin with; none where states are not those of prompts."""
     if not settings.prefix or settings.position == "mean" or contrast.positive_completions:
         return []
