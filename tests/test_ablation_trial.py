@@ -175,3 +175,28 @@ def test_completions_of_a_model_that_shares_no_prompts(model_folder: Callable[..
         said = completions(slots, 1, prompts, 6)
     edit.put_on(policy, KERNELS[0].edits(found, direction))
     assert said == [alone(policy, prompts[0], 6)]
+
+
+def test_a_compiled_step_sees_what_slots_hold_now(policy: Policy, prompts: list[list[int]], monkeypatch: Any):
+    found, direction = writers.find(policy), a_direction(policy)
+
+    def said() -> list[list[str]]:
+        """Of the same slot with one kernel, then with the other."""
+        texts: list[list[str]] = []
+        with Slots(policy, found, 1, direction.width) as slots:
+            runner = Runner(slots, prompts, rows=4)
+            for kernel in KERNELS:
+                slots.set(1, kernel.edits(found, direction))
+                for i, prompt in enumerate(prompts):
+                    runner.add(Job(1, 0, i), 1, prompt)
+                own: dict[int, str] = {}
+                while len(own) < len(prompts):
+                    for row, text, ended in runner.step():
+                        if ended or len(row.tokens) == 6:
+                            row.done, own[row.tag.prompt] = True, text
+                texts.append([own[i] for i in range(len(prompts))])
+        return texts
+
+    eager = said()
+    monkeypatch.setattr(policy, "compiled", True)
+    assert said() == eager and eager[0] != eager[1]
