@@ -1,0 +1,321 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Writes plots and page of `directions_report.py` from docs/directions-report/: no number by hand."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from mlx_realign import steerability
+from mlx_realign.ablation import measure
+from mlx_realign.intervals import Interval
+from mlx_realign.steerability import Separation
+
+SHOWN = 4  # samples of a kind on the page, evenly spaced among the held-out prompts: nobody chose them
+LENGTH = 260  # characters of a sample
+
+Row = dict[str, Any]
+
+PAGE = """# An apology, taken out and put in
+
+<!-- written by benchmarks/directions_report_page.py from docs/directions-report/ -->
+Asked to run an errand ("{errand}"), {model} apologises: {before} of the time on {errands} held-out errands.
+One edit of its weights, made from {fit} errands and {fit} topics that it answers, brings that to **{after}**. Added to
+its states instead, the direction between the two makes it apologise for ordinary questions ("{topic}"):
+**{steered}** at coefficient {coefficient:g}, where it did {plain} without and {system} when a system message asks
+for it. The same on a model quantised to 4 bits: {q_before} to **{q_after}** ablated, **{q_steered}** steered.
+
+- **Behaviour**: a reply that holds {markers} ({letters}). Ablated replies count as failures also
+  where they are empty or go round in circles; steered ones count only where they do not.
+- **Prompts**: {train} errands and {train} topics, of which {fit} each are used, and {errands} and {topics} held out. No
+  errand and no topic is on both sides, in whatever words. Replies are greedy, of at most {tokens} tokens when ablated
+  and {short} when steered.
+- **4 bits**: the float weights quantised (groups of 64), then dequantised to float32 at load, which has the quantised
+  weights' numbers and is quick on a CPU. Direction and edit are made anew from these weights: the adapter is the exact
+  edit of them. The cosine with the float model's direction, at block {block}: {cosine:.3f}. On packed weights
+  (`--quantize 4 --cpu-dequantize never`) with this adapter, next-token log-probs of {packed} errands differ by
+  {packed_difference:.2g} nats at most and {packed_same} of {packed} first tokens are the same. The
+  float32 model is what `smollm2.py` builds, from weights that were of 4 bits (Q4_1) before: this quantises them again.
+- **Took** {minutes:.0f} minutes in all on one core ({processor}), shared with much other work. One run, one choice of
+  prompts.
+
+```sh
+python benchmarks/directions_report.py --work work     # all of this page; below, its parts by the commands
+mlx-realign ablate --model MODEL --positive work/errands-train.txt --negative work/topics-train.txt \\
+    --markers work/markers.txt {options} --output apology-off
+mlx-realign steer extract --model MODEL --positive work/errands-train.txt --negative work/topics-train.txt \\
+    --output apology.safetensors
+mlx-realign steer eval --steer apology.safetensors --prompts work/topics-test.txt --markers work/markers.txt \\
+    --coefficients {coefficients} --max-new-tokens {short} --system "{system_message}"
+```
+
+`--quantize 4` on each is the right half of the tables below. `ablate` measures on prompts of its own choice among those
+it is given; the numbers here are of `errands-test.txt` and `topics-test.txt`, taken by the same functions.
+
+## Taken out
+
+| | float32: before | after | 4-bit: before | after |
+| --- | --- | --- | --- | --- |
+{ablation}
+
+In brackets: 95% intervals, Wilson's. {changes} Refuses in other words: any of the default markers of
+`ablate` ("I can't", "as an AI" and the like) without an apology. KL(before || after), nats, on {plain_prompts} held-out
+topics, at the first token and along the first {kl_tokens} tokens of the model's own replies before, of which perplexity
+is too. Edited: {edits} matrices, the attention outputs of blocks 11 to 29, of which each loses its own block's
+direction, {attention:g} times. That was chosen in a short trial on prompts of the train side: with the MLPs' outputs
+edited too the KL of the first token was several times as high, and so it was with one block's direction removed
+everywhere, which mostly left the apology. The directions are from {direction} errands and topics.
+
+## Put in
+
+| | float32: apologises | empty or looping | KL | 4-bit: apologises | empty or looping | KL |
+| --- | --- | --- | --- | --- | --- | --- |
+{steering}
+
+{topics_all} held-out topics. The coefficient is times the mean difference at block {block} (4-bit: {q_block}, its own),
+which is {share:.0%} of the median length of a state there; it is added at every token. The block is the one that
+separates best below. KL(steered || base), nats: 95th percentile over the first 20 tokens of the base's replies to half
+of the topics. Prompt only: the system message "{system_message}", no steering.
+
+![share and KL by coefficient](directions-report/strength.png)
+
+## Whether there is a direction
+
+Last prompt token, {fit} prompts each, each half measured along the mean difference of the other half.
+
+| block | length, of the median state | random halves agree (cosine) | d' | AUROC |
+| --- | --- | --- | --- | --- |
+{separations}
+
+![separation by block](directions-report/separation.png)
+
+## Samples
+
+### Errands, before and after the edit
+
+{errand_samples}
+
+### Topics, before and after the edit
+
+{topic_samples}
+
+### Topics, steered
+
+{steered_samples}
+
+## Limits
+
+{limits}
+
+## Files
+
+- [result.json](directions-report/result.json): every number above, sizes, machine, versions
+- [ablated.jsonl](directions-report/ablated.jsonl): all replies before and after the edit, of both models
+- [steered.jsonl](directions-report/steered.jsonl): all steered replies, of both models
+"""
+
+LIMITS = """- The behaviour is counted by its words. What the model says instead of an apology is no help: it cannot run
+  errands, and without the apology it pretends to, or says something else. The samples show it.
+- A steered reply apologises and is seldom an answer to what was asked: the direction holds "this is an errand" too,
+  not only the apology.
+- {model} is a small model; of larger ones nothing is said here."""
+
+
+def page(result: Row, ablated: list[Row], steered: list[Row]) -> str:
+    """The page of a result and its replies."""
+    one, other = (result["models"][name] for name in ("float32", "4-bit"))
+    best, q_best = strongest(one), strongest(other)
+    base, system = one["steering"]["ways"][0], one["steering"]["ways"][-1]
+    sizes, edits = result["sizes"], one["ablation"]["edits"]
+    block, packed = one["steering"]["blocks"][0], other["packed"]
+    separations = [_separation(s) for s in one["steering"]["separations"]]
+    at = next(s for s in separations if s.block == block)
+    errands = [row for row in ablated if row["set"] == "errands" and row["model"] == "float32"]
+    topics = [row for row in ablated if row["set"] == "topics" and row["model"] == "float32"]
+    put_in = [row for row in steered if row["model"] == "float32"]
+    options = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in one["ablation"]["options"].items())
+    shares = {name: [m["ablation"]["positive"]["behaviour"][when] for when in ("before", "after")]
+              for name, m in (("f", one), ("q", other))}  # fmt: skip
+    return PAGE.format(
+        model=result["model"],
+        errand=errands[0]["prompt"],
+        topic=put_in[0]["prompt"],
+        before=_rate(shares["f"][0]),
+        after=_rate(shares["f"][1]),
+        q_before=_rate(shares["q"][0]),
+        q_after=_rate(shares["q"][1]),
+        steered=_rate(best["apologises"]),
+        q_steered=_rate(q_best["apologises"]),
+        coefficient=best["coefficient"],
+        plain=_rate(base["apologises"]),
+        system=_rate(system["apologises"]),
+        errands=sizes["prompts"],
+        topics=sizes["prompts"],
+        topics_all=sizes["prompts"],
+        plain_prompts=sizes["plain"],
+        fit=sizes["fit"],
+        train=result["train"],
+        tokens=sizes["tokens"],
+        short=sizes["steered"],
+        markers=" or ".join(f'"{marker}"' for marker in result["markers"]),
+        letters="in any case",
+        block=block,
+        q_block=other["steering"]["blocks"][0],
+        cosine=result["cosine"],
+        packed=packed["prompts"],
+        packed_difference=packed["largest_logp_difference"],
+        packed_same=packed["same_first_token"],
+        minutes=sum(m["seconds"] for m in (one, other)) / 60,
+        processor=result["machine"]["processor"],
+        options=options,
+        coefficients=",".join(f"{c:g}" for c in sizes["coefficients"]),
+        system_message=result["system"],
+        ablation=ablation_table(one["ablation"], other["ablation"]),
+        changes=_changes(one["ablation"], other["ablation"]),
+        edits=sum(weight != 0 for weight in edits.values()),
+        kl_tokens=measure.Bench.kl_tokens,
+        attention=one["ablation"]["options"]["attention_weight"],
+        direction=one["ablation"]["fit"][0],
+        steering=steering_table(one["steering"]["ways"], other["steering"]["ways"]),
+        share=at.norm / at.median_norm,
+        separations=separation_table(separations),
+        errand_samples=before_after(errands),
+        topic_samples=before_after(topics),
+        steered_samples=at_coefficients(put_in),
+        limits=LIMITS.format(model=result["model"]),
+    )
+
+
+def strongest(study: Row) -> Row:
+    """The steering with the largest share of whole replies that apologise, of these the weakest."""
+    ways = study["steering"]["ways"][1:-1]
+    return max(ways, key=lambda way: (way["apologises"]["value"], -way["coefficient"]))
+
+
+def ablation_table(one: Row, other: Row) -> str:
+    """One line per measure, both models side by side."""
+    lines = []
+    for side, name in (("positive", "errands"), ("negative", "topics")):
+        for kind, label in (("behaviour", "apologises or broken"), ("marked", "apologises"), ("broken", "broken")):
+            cells = [_rate(m[side][kind][when]) for m in (one, other) for when in ("before", "after")]
+            lines.append([f"{name}: {label}", *cells])
+        if side == "positive":
+            cells = [_rate(m["other_refusals"][when]) for m in (one, other) for when in ("before", "after")]
+            lines.append([f"{name}: refuses in other words", *cells])
+    kls = [cell for m in (one, other) for cell in ("", f"{m['kl']['first_token']:.3f}")]
+    lines.append(["topics: KL of the first token", *kls])
+    kls = [
+        cell for m in (one, other) for cell in ("", f"{m['kl']['tokens_mean']:.3f} (95%: {m['kl']['tokens_p95']:.2f})")
+    ]
+    lines.append(["topics: KL along the reply", *kls])
+    cells = [f"{m['perplexity'][when]:.2f}" for m in (one, other) for when in ("before", "after")]
+    lines.append(["topics: perplexity", *cells])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def steering_table(one: list[Row], other: list[Row]) -> str:
+    """One line per way to run the model."""
+    lines = []
+    for mine, theirs in zip(one, other, strict=True):
+        name = "prompt only" if mine["name"] == "system prompt" else f"coefficient {mine['coefficient']:g}"
+        cells = [cell for way in (mine, theirs) for cell in _way(way)]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def separation_table(separations: list[Separation]) -> str:
+    """One line per block; the best one in bold."""
+    at = steerability.best(separations)
+    lines = []
+    for s in separations:
+        cells = [f"{s.norm:.3g}, {s.share:.0%}", f"{s.agreement.value:.2f}", f"{s.d_prime:.1f}", f"{s.auroc.value:.3f}"]
+        lines.append(f"| {f'**{s.block}**' if s.block == at else s.block} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def before_after(rows: list[Row]) -> str:
+    """Replies side by side, evenly spaced."""
+    lines = ["| asked | before | after |", "| --- | --- | --- |"]
+    for row in picked(rows):
+        cells = [_cell(row["prompt"]), *(_cell(row[when]["text"]) for when in ("before", "after"))]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def at_coefficients(rows: list[Row]) -> str:
+    """Steered replies, a column for each coefficient."""
+    names = list(rows[0]["steered"])
+    lines = [f"| asked | {' | '.join(names)} |", "| --- |" + " --- |" * len(names)]
+    for row in picked(rows):
+        lines.append(f"| {' | '.join(_cell(text, 120) for text in (row['prompt'], *row['steered'].values()))} |")
+    return "\n".join(lines)
+
+
+def picked(rows: list[Row]) -> list[Row]:
+    """SHOWN of the rows, evenly spaced from the first on."""
+    return rows[:: max(1, len(rows) // SHOWN)][:SHOWN]
+
+
+def plots(result: Row, report: Path) -> None:
+    """strength.png and separation.png."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    axes: Any = figure.subplots(1, 2)
+    for name, study in result["models"].items():
+        ways = study["steering"]["ways"][:-1]
+        at = [way["coefficient"] for way in ways]
+        shares = [way["apologises"] for way in ways]
+        axes[0].plot(at, [100 * one["value"] for one in shares], marker="o", label=name)
+        axes[0].fill_between(at, *([100 * one[end] for one in shares] for end in ("low", "high")), alpha=0.15)
+        axes[0].plot(at, [100 * way["broken"]["value"] for way in ways], linestyle=":", label=f"{name}, broken")
+        axes[1].plot(at, [way["kl_p95"] for way in ways], marker="o", label=name)
+    prompt = result["models"]["float32"]["steering"]["ways"][-1]["apologises"]["value"]
+    axes[0].axhline(100 * prompt, color="grey", linewidth=0.8, linestyle="--", label="prompt only")
+    axes[0].set_title("held-out topics that it apologises for, %", fontsize=10)
+    axes[1].set_title("KL(steered || base), 95th percentile, nats", fontsize=10)
+    for axis in axes:
+        axis.set_xlabel("coefficient")
+        axis.legend(fontsize=8)
+    figure.savefig(report / "strength.png", dpi=90)
+    separations = [_separation(s) for s in result["models"]["float32"]["steering"]["separations"]]
+    steerability.plot(separations, report / "separation.png")
+
+
+def _separation(row: Row) -> Separation:
+    """From JSON, where intervals are lists."""
+    intervals: Row = {name: Interval(*row[name]) for name in ("agreement", "auroc")}
+    return Separation(**row | intervals)
+
+
+def _way(way: Row) -> list[str]:
+    kl = "" if way["kl_p95"] is None else f"{way['kl_p95']:.2f}"
+    return [_rate(way["apologises"]), _rate(way["broken"]), kl]
+
+
+def _changes(one: Row, other: Row) -> str:
+    told = []
+    for name, study in (("float32", one), ("4-bit", other)):
+        change = study["positive"]["behaviour"]["change"]
+        value, low, high = (f"{100 * change[end]:+.0f}" for end in ("value", "low", "high"))
+        told.append(f"{value} ({low} to {high}) points for {name}")
+    return f"Errands, after minus before, Newcombe's paired interval: {' and '.join(told)}."
+
+
+def _rate(one: Row) -> str:
+    return f"{one['value']:.0%} ({100 * one['low']:.0f} to {100 * one['high']:.0f})"
+
+
+def _cell(text: str, length: int = LENGTH) -> str:
+    flat = " ".join(text.split())
+    flat = flat[:length] + " ..." if len(flat) > length else flat or "(nothing)"
+    for old, new in (("\\", "\\\\"), ("|", "\\|"), ("<", "&lt;"), ("`", "\\`"), ("*", "\\*"), ("_", "\\_")):
+        flat = flat.replace(old, new)
+    return flat
+
+
+def write_pages(report: Path) -> None:
+    """The plots, and the page beside the folder, from result.json and the replies."""
+    read = lambda name: [json.loads(line) for line in (report / name).read_text(encoding="utf-8").splitlines()]  # noqa: E731
+    result = json.loads((report / "result.json").read_text(encoding="utf-8"))
+    plots(result, report)
+    report.with_suffix(".md").write_text(page(result, read("ablated.jsonl"), read("steered.jsonl")), encoding="utf-8")
