@@ -173,7 +173,7 @@ def page(result: Row, ablated: list[Row], steered: list[Row]) -> str:
         changes=_changes(one["ablation"], other["ablation"]),
         edits=sum(weight != 0 for weight in edits.values()),
         kl_tokens=measure.Bench.kl_tokens,
-        attention=one["ablation"]["options"]["attention_weight"],
+        attention=one["ablation"]["options"].get("attention_weight", 1.0),
         direction=one["ablation"]["fit"][0],
         steering=steering_table(one["steering"]["ways"], other["steering"]["ways"]),
         share=at.norm / at.median_norm,
