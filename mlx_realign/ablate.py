@@ -129,7 +129,7 @@ def run(
     if settings.output:
         say("writing")
         save(result, extracted, settings)
-        show(f"written to {settings.output}; {report_use(settings)}", highlight=False, markup=False)
+        show(f"written to {settings.output}; {report_use(settings, result.policy)}", highlight=False, markup=False)
     return result
 
 
@@ -226,7 +226,7 @@ def measured(
     block = steerability.best(extracted.separations[position]) if plan.block is None else plan.block
     say("what is left of the direction")
     blocks = {e.writer.block for e in plan.edits}
-    rows = {b: r for b, r in extracted.by_block(plan.block, position).items() if b in blocks}
+    rows = {b: r for b, r in (plan.rows or extracted.by_block(plan.block, position)).items() if b in blocks}
     left = edit.leaks(applied), edit.left_in_blocks(policy, rows)
     removed = measure.Removed(extracted.raw(block, position), block, position, extracted.prefix)
     found = measure.measure(applied, bench, removed, left, say=say)
@@ -275,6 +275,9 @@ def save(result: Result, extracted: Extracted, settings: Settings) -> None:
     if importlib.util.find_spec("matplotlib"):
         steerability.plot(extracted.separations[plan.position], output / "separation.png")
         more.append(("### How well each block separates the sets", "![separation by block](separation.png)"))
+        if plan.plot:
+            plan.plot(output / "search.png")
+            more.append(("### What the search tried", "![scores of the trials](search.png)"))
     (output / "metrics.json").write_text(json.dumps(_plain(result.facts), indent=1) + "\n", encoding="utf-8")
     title = f"A direction taken out of {policy.name}"
     text = report.text(title, plan.lines, result.measured, plan.facts["bench"], plan.edits, more)
@@ -319,11 +322,15 @@ def told_prefix(extracted: Extracted) -> list[str]:
     return [f"all completions begin with {text!r}: states were taken behind it (--no-prefix: before it)"]
 
 
-def report_use(settings: Settings) -> str:
+def report_use(settings: Settings, policy: Policy) -> str:
     """How to run what was written."""
     if settings.fuse:
         return f"use it: mlx_lm.generate --model {settings.output}"
-    return f"use it: mlx_lm.generate --model {settings.model} --adapter-path {settings.output}"
+    if settings.quantize:  # mlx_lm.generate would load the weights as they are, and leave some of the direction
+        kept = f"--model {settings.model} --quantize {settings.quantize} --adapter {settings.output}"
+        return f"use it: mlx-realign generate {kept}"
+    name = settings.model if "/" in settings.model or Path(settings.model).exists() else policy.folder
+    return f"use it: mlx_lm.generate --model {name} --adapter-path {settings.output}"
 
 
 def _shown(prompt: Any) -> str:

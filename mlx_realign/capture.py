@@ -88,24 +88,26 @@ def encode(policy: Policy, prompts: Sequence[Prompt], *, prefix: Sequence[int] =
     return [[*encode_prompt(prompt, policy.tokenizer), *prefix] for prompt in prompts]
 
 
-def response_prefix(
-    policy: Policy, prompts: Sequence[Prompt], *, sample: int = 50, max_new_tokens: int = 16
-) -> list[int]:
+def response_prefix(policy: Policy, *sets: Sequence[Prompt], sample: int = 50, max_new_tokens: int = 16) -> list[int]:
     """Tokens that the model's greedy completions begin with whatever the prompt, often none.
 
-    At least nine tenths of a sample over all prompts must agree. An opening of reasoning (`<think>`) is closed again by
-    what its template writes for empty reasoning, so that positions after it are where answers begin to differ.
+    At least nine tenths of a sample of each set of prompts must agree: what one set alone begins with is the
+    behaviour. An opening of reasoning (`<think>`) is closed again by what its template writes for empty reasoning, so
+    that positions after it are where answers begin to differ.
     """
-    step = max(1, len(prompts) // sample)
-    chosen = encode(policy, prompts[::step][:sample])
-    made = rollout.rollout(policy, chosen, Sampling(max_new_tokens=max_new_tokens, temperature=0))
-    begun = [group[0].tokens[:-1].tolist() if group[0].finished else group[0].tokens.tolist() for group in made]
+    most = max(1, sample // max(1, len(sets)))
+    spread = [[one[i * len(one) // min(most, len(one))] for i in range(min(most, len(one)))] for one in sets]
+    chosen = encode(policy, [prompt for one in spread for prompt in one])
+    made = iter(rollout.rollout(policy, chosen, Sampling(max_new_tokens=max_new_tokens, temperature=0)))
+    said = [[next(made)[0] for _ in one] for one in spread]
+    begun = [[(one.tokens[:-1] if one.finished else one.tokens).tolist() for one in side] for side in said]
     prefix: list[int] = []
-    while len(begun) > 1:
+    while sum(map(len, begun)) > 1:
         n = len(prefix)
-        following = [tokens[n] for tokens in begun if tokens[:n] == prefix and len(tokens) > n]
-        common = max(set(following), key=following.count, default=None)
-        if common is None or following.count(common) < LIKELY * len(begun):
+        sides = [[t[n] for t in side if t[:n] == prefix and len(t) > n] for side in begun]
+        every = [token for side in sides for token in side]
+        common = max(set(every), key=every.count, default=None)
+        if common is None or any(a.count(common) < LIKELY * len(b) for a, b in zip(sides, begun, strict=True)):
             break
         prefix.append(common)
     return _closed(policy, prefix)

@@ -6,6 +6,7 @@
 """
 
 import ast
+import errno
 import importlib
 import os
 import sys
@@ -39,6 +40,12 @@ def run(main: Callable[[list[str]], int | None], argv: Sequence[str] | None = No
     except BrokenPipeError:  # the reader of our output, `head` say, has gone: nothing is wrong
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except OSError as error:  # a full disk, a folder that may not be written to: no fault of the program
+        if error.filename is None and error.errno != errno.ENOSPC:
+            raise
+        sys.stdout.flush()
+        print(f"error: {error.filename or 'writing'}: {error.strerror}", file=sys.stderr)
+        return 1
 
 
 def commands() -> dict[str, tuple[str, str]]:

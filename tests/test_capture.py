@@ -106,6 +106,18 @@ def test_the_common_start_of_completions_is_found():
     assert encoded[-len(prefix) :] == prefix
 
 
+@pytest.mark.parametrize(("positives", "negatives"), [(20, 20), (60, 15), (15, 60)])
+def test_what_one_set_alone_begins_with_is_no_prefix(positives, negatives):
+    """All of one set are sums of 12 + 13, whose replies begin alike; the other set's do not."""
+    policy = Policy.load("tiny-chat")
+    alike = ["What is 12 + 13?"] * positives
+    others = [f"What is the capital of {name}?" for name in ("Zarnia", "Bolonia", "Nowhere")] * (negatives // 3)
+    assert capture.response_prefix(policy, alike, others) == []
+    assert capture.response_prefix(policy, others, alike) == []
+    both = capture.response_prefix(policy, alike, ["How much is 12 + 13?"] * negatives, max_new_tokens=6)
+    assert policy.tokenizer.decode(both).startswith("12 + ")
+
+
 def test_what_cannot_be_read_is_told():
     policy = make_policy("llama")
     with pytest.raises(UserError, match="position 0"):

@@ -178,3 +178,22 @@ def test_corrupt_checkpoint(train, rows, tmp_path):
     for path in saved:
         path.write_bytes(path.read_bytes()[:100])
     refused(train(rows(PAIR), "--resume", "--steps", 2), "checkpoints")
+
+
+def test_a_disk_that_is_full_or_closed_is_one_line(capsys: pytest.CaptureFixture[str], tmp_path: Path):
+    def full(_: list[str]) -> int:
+        raise OSError(28, "No space left on device")
+
+    def closed(_: list[str]) -> int:
+        (tmp_path / "nowhere" / "file").write_text("x")
+        return 0
+
+    def broken(_: list[str]) -> int:
+        raise OSError("a fault of ours")
+
+    assert cli.run(full, []) == 1
+    assert capsys.readouterr().err == "error: writing: No space left on device\n"
+    assert cli.run(closed, []) == 1
+    assert "nowhere/file: No such file" in capsys.readouterr().err
+    with pytest.raises(OSError, match="a fault of ours"):
+        cli.run(broken, [])

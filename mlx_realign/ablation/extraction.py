@@ -133,7 +133,7 @@ def extract(policy: Policy, sets: Sets, settings: Settings, *, paired: bool, say
     prefix: list[int] = []
     if settings.prefix:
         say("what all completions begin with")
-        prefix = capture.response_prefix(policy, [*sets.fit[0], *sets.fit[1]])
+        prefix = capture.response_prefix(policy, *sets.fit)
     asked = [capture.encode(policy, side, prefix=prefix) for side in sets.fit]
     positions = positions_of(settings, asked)
     found: dict[Position, tuple[np.ndarray, np.ndarray]] = {}

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """What is edited, by how much and why: as told, by what candidates do, or by a search."""
 
-import importlib.util
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from rich.table import Table
 
 from .. import capture, rollout
@@ -36,6 +36,8 @@ class Plan:
     lines: list[str] = field(default_factory=list)
     tables: list[Table] = field(default_factory=list)
     facts: dict[str, Any] = field(default_factory=dict)
+    plot: Callable[[Path], None] | None = None  # of the search, into a .png
+    rows: dict[int, np.ndarray] | None = None  # what a search takes out of each block, float64 [d]; it may be mixed
 
 
 def decided(extracted: Extracted, sets: Sets, writers: list[Writer], settings: Settings, say: Say) -> Plan:
@@ -162,10 +164,11 @@ def searched(extracted: Extracted, sets: Sets, writers: list[Writer], settings: 
 
     chosen = sources(extracted, sets, writers, settings, say)
     position = chosen.best.position
+    direction = extracted.direction(None, position, "", {})
     journal = Path(settings.journal or f"{settings.output.rstrip('/')}.search.jsonl")
     found = search.run(
         extracted.policy,
-        extracted.direction(None, position, "", {}),
+        direction,
         *(side[: settings.select_prompts] for side in sets.select),
         writers=writers,
         journal=journal,
@@ -182,10 +185,11 @@ def searched(extracted: Extracted, sets: Sets, writers: list[Writer], settings: 
     plan = Plan(found.edits, None if kernel.source is None else round(kernel.source), position, list(found.notes))
     plan.tables = [select.table(chosen), pareto.table(found.trials, found.scorers, found.base, found.chosen)]
     plan.lines.append(f"removed: trial {number} of {journal}, states of {said(position)}, {settings.variant}")
+    plan.rows = {
+        b: direction.unit(b) if kernel.source is None else direction.at(kernel.source) for b in direction.blocks
+    }
     plan.facts = {"selection": select.plain(chosen), "kernel": kernel.plain(), "trial": number}
-    if settings.output and importlib.util.find_spec("matplotlib"):
-        Path(settings.output).mkdir(parents=True, exist_ok=True)
-        pareto.plot(found.trials, found.scorers, found.base, found.chosen, Path(settings.output) / "search.png")
+    plan.plot = lambda path: pareto.plot(found.trials, found.scorers, found.base, found.chosen, path)
     return plan
 
 

@@ -7,7 +7,7 @@ from typing import Literal
 
 from ..errors import UserError
 from ..steering.extract import position_of
-from .scorers import MARKERS
+from .scorers import MARKERS, plain
 from .variants import Variant
 
 
@@ -135,9 +135,12 @@ def check(settings: Settings, *, writes: bool = True) -> None:
     if settings.position != "auto":
         position_of(settings.position)
     weight_of(settings)
+    markers_of(settings)
     if settings.block not in ("auto", "per-block") and not settings.block.isdecimal():
         raise UserError(f"--block {settings.block}: expected auto, per-block, or the number of a block.")
     _clashes(settings)
+    if settings.text and not Path(settings.text).expanduser().is_file():
+        raise UserError(f"--text {settings.text}: no such file.")
     output = Path(settings.output)
     if writes and not settings.output and not settings.dry_run:
         raise UserError("--output is needed: the folder to write. --dry-run writes nothing.")
@@ -167,6 +170,15 @@ def _clashes(settings: Settings) -> None:
         raise UserError(
             "--search finds the weights of attention and MLPs itself: leave --attention-weight and so on off."
         )
+    searching = {name: getattr(settings, name) for name in ("trials", "scorers", "pick", "journal")}
+    if not settings.search and (idle := [n for n, value in searching.items() if value != getattr(Settings, n)]):
+        raise UserError(f"--{idle[0]} is for --search: add it, or leave --{idle[0]} off.")
+    if settings.pick not in ("knee", "best-kl") and not settings.pick.isdecimal():
+        raise UserError(f"--pick {settings.pick}: expected knee, best-kl or the number of a trial.")
+    if settings.search and settings.variant == "biprojected":
+        raise UserError("--search looks for one direction, the same in all blocks: use --variant projected with it.")
+    if settings.fuse and settings.quantize:
+        raise UserError("--fuse writes the model's own weights, and --quantize changes them: drop one of them.")
     if settings.search and not (settings.output or settings.journal or settings.dry_run):
         raise UserError("--search needs --journal, the file that it goes on from, where there is no --output.")
     if settings.search and (settings.rank > 1 or settings.weight != "auto" or settings.block != "auto"):
@@ -192,9 +204,11 @@ def markers_of(settings: Settings) -> tuple[str, ...]:
     """--markers, read from a file where it names one. UserError where there is none in it."""
     if not settings.markers:
         return MARKERS
+    if bare := [marker for marker in settings.markers if not plain(marker)]:
+        raise UserError(f"--markers: {bare[0]!r} is in every text. Give words, with single commas between them.")
     path = Path(settings.markers[0]).expanduser()
     if len(settings.markers) == 1 and path.is_file():
-        found = tuple(line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip())
+        found = tuple(line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if plain(line))
         if not found:
             raise UserError(f"--markers {path}: holds no line. Give one marker per line.")
         return found

@@ -133,12 +133,16 @@ def check(settings: Settings) -> None:
         raise UserError(f"--coefficients: {wrong[0]} is not a finite number.")
     if settings.output and Path(settings.output).exists():
         raise UserError(f"--output {settings.output}: exists already. Give a new file.")
+    if settings.output and not Path(settings.output).absolute().parent.is_dir():
+        raise UserError(f"--output {settings.output}: its folder does not exist. Make it first.")
 
 
 def scorer(settings: Settings, stack: ExitStack) -> Accepts:
     """Who says whether a completion is accepted. UserError for a file, an expression or a verifier that is none."""
     if settings.markers is not None:
         marks = [plain(str(mark)) for mark in pairs.prompts_of(settings.markers, "--markers")]
+        if not all(marks):
+            raise UserError(f"--markers {settings.markers}: has a line that is in every text. Give words.")
         return lambda texts, rows: [float(any(mark in plain(text) for mark in marks)) for text in texts]
     if settings.regex is not None:
         try:

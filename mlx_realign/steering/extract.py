@@ -122,8 +122,9 @@ def check(settings: Settings) -> None:
     path = Path(settings.output)
     if path.suffix != ".safetensors":
         raise UserError(f"--output {path}: must end in .safetensors.")
-    if path.exists():
-        raise UserError(f"--output {path}: exists already. Give a new file.")
+    for made in (path, path.with_suffix(".md"), path.with_suffix(".png")):
+        if made.exists():
+            raise UserError(f"--output {path}: {made} exists already. Give a new file.")
     position_of(settings.position)
     ranges = {
         "winsorise": (0 < settings.winsorise <= 1, "above 0 and at most 1"),
@@ -195,7 +196,7 @@ def prefix_of(policy: Policy, contrast: Contrast, settings: Settings, say: Say) 
     if not settings.prefix or settings.position == "mean" or contrast.positive_completions:
         return []
     say("what all completions begin with")
-    return capture.response_prefix(policy, [*contrast.positive, *contrast.negative])
+    return capture.response_prefix(policy, contrast.positive, contrast.negative)
 
 
 def states_of(policy: Policy, contrast: Contrast, side: str, settings: Settings, prefix: list[int]) -> np.ndarray:

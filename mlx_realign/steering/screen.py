@@ -200,6 +200,7 @@ def write(source: Path | sources.Rows, scored: list[Scored], output: Path, setti
                 continue
             several = {"scores": scores[line]} if len(scores[line]) > 1 else {}
             told = {"score": scores[line][0], **several, "rank": ranks[line], "line": line}
+            told = {f"own_{name}": row[name] for name in told if name in row} | told  # what the row said stays
             file.write(json.dumps({**row, **told}, ensure_ascii=False) + "\n")
 
 
