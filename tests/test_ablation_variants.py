@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Variants that keep norms or means, in weights and as adapters: what they keep, what they leave of r, what they miss."""
+"""Variants that keep norms or means, in weights and as adapters: what they keep, leave of r and miss."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -9,6 +9,7 @@ import mlx.core as mx
 import mlx_lm
 import numpy as np
 import pytest
+from mlx_lm.tuner.utils import load_adapters
 from test_ablation_edit import PROMPTS, TOKENS, R, ablated, dense, left, unit
 from test_writers import policy_of
 
@@ -67,7 +68,7 @@ def test_row_norms_are_exactly_what_a_dora_adapter_holds(bits: int | None, tmp_p
         np.testing.assert_allclose(np.array(layer(mx.array(x))), expected, atol=2e-4)
     assert 1e-3 < max(edit.leaks(applied, TOKENS).values()) < 1  # some comes back, and is told
     adapter.save(policy.model, tmp_path, base_model="base")
-    stock: Any = mlx_lm.tuner.utils.load_adapters(policy_of("llama", bits).model, str(tmp_path))
+    stock: Any = load_adapters(policy_of("llama", bits).model, str(tmp_path))
     stock.eval()
     assert mx.abs(stock(TOKENS) - policy.model(TOKENS)).max().item() < 2e-4  # type: ignore[operator]
 

@@ -91,7 +91,7 @@ def _best(matrix: np.ndarray, rank: int) -> Factors:
 
 
 def means_of(policy: Policy, edits: Sequence[Edit], prompts: Sequence[Sequence[int]]) -> dict[str, np.ndarray]:
-    """Path -> mean over prompts of B y at their last tokens, float64 [k]; of experts, over those that are chosen."""
+    """Path -> mean over prompts of B y at their last tokens, float64 [k]; of experts at all, their order being mixed."""
     sums = {edit.writer.path: np.zeros(len(edit.directions)) for edit in edits}
     found: dict[str, mx.array] = {}
     handles = []
@@ -107,9 +107,10 @@ def means_of(policy: Policy, edits: Sequence[Edit], prompts: Sequence[Sequence[i
         for prompt in prompts:
             policy.body.hidden(mx.array([list(prompt)]))
             mx.eval(found)
-            for path, values in found.items():
-                last = np.array(values).reshape(len(prompt), -1, values.shape[-1])[-1]
-                sums[path] += last.mean(0)
+            for edit in edits:
+                values = np.array(found[edit.writer.path])
+                some = values if edit.writer.kind == "experts" else values[:, -1]
+                sums[edit.writer.path] += some.reshape(-1, values.shape[-1]).mean(0)
         return {path: total / len(prompts) for path, total in sums.items()}
     finally:
         for handle in handles:
