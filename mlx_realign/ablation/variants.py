@@ -91,7 +91,7 @@ def _best(matrix: np.ndarray, rank: int) -> Factors:
 
 
 def means_of(policy: Policy, edits: Sequence[Edit], prompts: Sequence[Sequence[int]]) -> dict[str, np.ndarray]:
-    """Path -> mean over prompts of B y at their last tokens, float64 [k]; of experts at all, their order being mixed."""
+    """Path -> mean over prompts of B y at their last tokens, float64 [k]; of experts at all, whose order is mixed."""
     sums = {edit.writer.path: np.zeros(len(edit.directions)) for edit in edits}
     found: dict[str, mx.array] = {}
     handles = []
