@@ -21,6 +21,7 @@ except ImportError as error:
 if TYPE_CHECKING:
     from . import losses as losses
     from .policy import Policy as Policy
+    from .steering.apply import steer as steer
     from .train import train as train
 
 _HOMES = {"Policy": "policy", "train": "train", "UserError": "errors"}

@@ -215,8 +215,22 @@ class Policy:
             return self.differentiate(batch, loss)
         if loss not in self._traces:
             state = [self.model.state]  # also an output: checkpointed layers exchange parameters while they run
-            self._traces[loss] = mx.compile(partial(self.differentiate, loss=loss), inputs=state, outputs=state)
-        return self._traces[loss](batch)
+            forms: dict[tuple[str, ...], Any] = {}
+            run = partial(self._packed, loss=loss, forms=forms)
+            self._traces[loss] = mx.compile(run, inputs=state, outputs=state), forms
+        run, forms = self._traces[loss]
+        packed, grads = run(batch)
+        return tree_map(lambda i: packed[i], forms[tuple(sorted(batch.extras))]), grads
+
+    def _packed(self, batch: Batch, loss: Loss, forms: dict[tuple[str, ...], Any]) -> tuple[mx.array, dict[str, Any]]:
+        """As `differentiate`, the scalars in one array: MLX does not compile two outputs that are the same expression.
+
+        forms: takes down, by the batch's extras, the tree of places in that array.
+        """
+        out, grads = self.differentiate(batch, loss)
+        leaves: list[mx.array] = []
+        forms[tuple(sorted(batch.extras))] = tree_map(lambda x: (leaves.append(x), len(leaves) - 1)[1], out)
+        return mx.stack([x.astype(mx.float32) for x in leaves]), grads
 
     def differentiate(self, batch: Batch, loss: Loss) -> tuple[LossOutput, dict[str, Any]]:
         """As `gradients`, in one piece and not evaluated."""

@@ -133,6 +133,7 @@ def test_an_adapter_that_it_starts_from_is_in_the_result(sets: Path, output: Pat
     assert any("of the positives showed the behaviour before" in note for note in found["notes"])
 
 
+@pytest.mark.slow
 def test_a_search_ends_in_an_adapter_and_goes_on_from_its_journal(sets: Path, tmp_path: Path, capsys: Any):
     pytest.importorskip("optuna")
     argv = ["--positive", str(sets / "both.jsonl"), "--markers", MARKERS, "--position", "-3", "--max-new-tokens", "24"]

@@ -109,6 +109,7 @@ def test_what_a_direction_lacks_is_not_drawn(policy: Policy):
         space_of(found, Direction({7: np.ones(64, np.float32)}), 2)
 
 
+@pytest.mark.slow
 def test_the_same_seed_finds_the_same(run: Callable[..., search.Found], tmp_path: Path):
     one, two, other = (run(tmp_path / f"{i}.jsonl", seed=seed, trials=4) for i, seed in enumerate((4, 4, 5)))
     assert told(one) == told(two) and one.chosen == two.chosen

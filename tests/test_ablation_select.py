@@ -95,6 +95,7 @@ def test_without_tokens_a_state_that_moved_to_the_other_set_scores_low():
 # ------------------------------------------------------------------ by completions
 
 
+@pytest.mark.slow
 def test_the_least_weight_that_suffices_is_taken_and_is_what_an_edited_model_does():
     policy = Policy.load("tiny-chat")
     found = writers.find(policy)
