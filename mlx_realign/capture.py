@@ -201,10 +201,13 @@ def _arrays(texts: list[Sequence[int]], picks: list[list[list[int]]], shared: in
 
 def _shared_start(texts: Sequence[Sequence[int]], picks: list[list[list[int]]]) -> int:
     """How many tokens all texts begin with; none of them is picked, and each text goes on after them."""
-    most = min(min(columns) for pick in picks for columns in pick)
+    return min(common_start(texts), min(min(columns) for pick in picks for columns in pick))
+
+
+def common_start(texts: Sequence[Sequence[int]]) -> int:
+    """How many tokens all texts (token ids, at least one text) begin with."""
     first, last = min(map(tuple, texts)), max(map(tuple, texts))  # in dictionary order: what these two share, all share
-    alike = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), min(len(first), len(last)))
-    return min(most, alike)
+    return next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), len(first))
 
 
 def _record(policy: Policy, start: Sequence[int]) -> list[PromptRecorder]:

@@ -131,7 +131,10 @@ class Run(NamedTuple):
 
 
 def handed_over(argv: Sequence[str]) -> list[str] | None:
-    """The words of the command that a method of COMMANDS is, the recipe's keys as its flags; None for other methods."""
+    """The words of the command that a method of COMMANDS is, the recipe's keys as its flags; None for other methods.
+
+    --data is their --positive: one file whose rows say their side.
+    """
     words = list(argv)
     recipe, method = _take(words, "--config"), _take(words, "--method")
     values = _read_recipe(recipe) if recipe is not None else {}
@@ -139,6 +142,9 @@ def handed_over(argv: Sequence[str]) -> list[str] | None:
     if chosen not in COMMANDS:
         return None
     values.pop("method", None)
+    if "data" in values:  # both commands read one file with labels where there is no second one
+        values["positive"] = values.pop("data")
+    words = ["--positive" + word[6:] if word.partition("=")[0] == "--data" else word for word in words]
     flags = [word for key, (_, value) in values.items() for word in _as_flag("--" + key.replace("_", "-"), value)]
     return [*COMMANDS[chosen], *flags, *words]
 

@@ -17,6 +17,7 @@ import numpy as np
 from . import data, forward
 from .batch import Batch, Completion, Example
 from .config import TrainSettings
+from .distributions import divergence, log_probs
 from .policy import Policy
 from .sums import number_of
 
@@ -126,8 +127,7 @@ class Probe:
 
         def build(part: Batch) -> mx.array:
             hidden = way(policy.model, policy.body.hidden, part).completion
-            logits = policy.body.logits(hidden.reshape(-1, hidden.shape[-1])[part.positions]).astype(mx.float32)
-            return logits - mx.logsumexp(logits, -1, keepdims=True)
+            return log_probs(policy.body.logits(hidden.reshape(-1, hidden.shape[-1])[part.positions]))
 
         mx.eval(policy.model.state)  # workers could not evaluate what is pending in this thread
         return mx.concatenate(policy.workers.map(batch, build))
@@ -145,19 +145,6 @@ def thinned(example: Example, which: int, most: int) -> Example:
     marks = np.zeros(kept[-1] + 1, bool)
     marks[kept] = True
     return Example(example.prompt, (Completion(tokens[: len(marks)], marks),), example.line, example.key, {})
-
-
-def divergence(now: mx.array, start: mx.array) -> mx.array:
-    """KL(p || q) in nats, float32 [n], of log-probs float32 [n, V] of p and q.
-
-    Computed as the sum of p log(p / q) - p + q. Each of these terms is at least 0 and of second order in the
-    difference, so a tiny KL is no rounding error of a sum of large terms that cancel.
-    """
-    p, q, d = mx.exp(now), mx.exp(start), now - start
-    near = mx.abs(d) < 0.5
-    little = mx.where(near, d, 0.0)
-    terms = mx.where(near, p * (little + mx.expm1(-little)), p * d - (p - q))
-    return mx.where(p > 0, terms, q).sum(-1)
 
 
 # ------------------------------------------------------------------ acting

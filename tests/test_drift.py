@@ -14,7 +14,8 @@ from policy_tools import SHAPES, make_examples
 
 from mlx_realign.batch import Completion, Example
 from mlx_realign.config import TrainSettings
-from mlx_realign.drift import Displacement, Limit, Probe, divergence, thinned
+from mlx_realign.distributions import divergence
+from mlx_realign.drift import Displacement, Limit, Probe, thinned
 from mlx_realign.policy import Policy
 from mlx_realign.workers import Workers
 

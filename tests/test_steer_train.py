@@ -145,6 +145,8 @@ def test_steering_and_abliteration_hand_over_with_their_flags(tmp_path):
         *("--kl-budget", "2"),
     ]
     assert config.handed_over(["--method=abliteration", "--model", "m"]) == ["ablate", "--model", "m"]
+    labelled = ["--method", "abliteration", "--data=d.jsonl", "--model", "m"]
+    assert config.handed_over(labelled) == ["ablate", "--positive=d.jsonl", "--model", "m"]
     assert config.handed_over(["--method", "sft", "--config", str(recipe)]) is None
     assert config.handed_over([]) is None
     with pytest.raises(UserError, match="mlx-realign steer extract"):

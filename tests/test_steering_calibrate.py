@@ -10,11 +10,12 @@ import pytest
 from policy_tools import Numbers, make_policy
 
 from mlx_realign import capture, data, demo_world, rollout
+from mlx_realign.distributions import divergence, log_probs
 from mlx_realign.errors import UserError
 from mlx_realign.policy import Policy
 from mlx_realign.sampling import Sampling
 from mlx_realign.steering import Steer, steer
-from mlx_realign.steering.calibrate import Bench, Search, calibrate, divergence
+from mlx_realign.steering.calibrate import Bench, Search, calibrate
 from mlx_realign.vectors import Direction
 
 
@@ -89,8 +90,10 @@ def test_what_cannot_be_spent_is_said(policy, prompts, direction):
 def test_the_divergence_counts_what_both_rule_out_as_nothing():
     base, steered = mx.array([[0.0, 1.0, -math.inf]]), mx.array([[2.0, 0.0, -math.inf]])
     p, q = np.exp([2.0, 0.0]) / np.exp([2.0, 0.0]).sum(), np.exp([0.0, 1.0]) / np.exp([0.0, 1.0]).sum()
-    assert np.array(divergence(steered, base)) == pytest.approx((p * np.log(p / q)).sum(), rel=1e-6)
-    assert np.array(divergence(base, base)).tolist() == [0.0]
+    assert np.array(divergence(log_probs(steered), log_probs(base))) == pytest.approx(
+        (p * np.log(p / q)).sum(), rel=1e-6
+    )
+    assert np.array(divergence(log_probs(base), log_probs(base))).tolist() == [0.0]
 
 
 @pytest.mark.parametrize("first", [1e-3, 0.3, 1.0, 40.0])

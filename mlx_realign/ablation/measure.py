@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 import numpy as np
 
-from .. import capture, data, rollout
+from .. import capture, data, distributions, rollout
 from ..errors import UserError
 from ..intervals import Interval, paired, sign_test, wilson
 from ..policy import Policy
@@ -114,7 +114,7 @@ def along(policy: Policy, bench: Bench, removed: Removed, said: Sequence[Side]) 
 def states(policy: Policy, texts: Sequence[Forced]) -> mx.array:
     """Final hidden states [wanted columns of all texts, D], evaluated."""
     with Slots(policy, [], 0, 1) as slots:
-        found = slots._states(0, texts)
+        found = slots.states(0, texts)
         mx.eval(found)
         return found
 
@@ -123,15 +123,13 @@ def log_probs(policy: Policy, hidden: mx.array) -> Iterator[mx.array]:
     """float32 [some, V] of hidden states [n, D], in pieces that fit in memory."""
     size = max(1, PIECE // policy.vocabulary)
     for start in range(0, hidden.shape[0], size):
-        logits = policy.body.logits(hidden[start : start + size]).astype(mx.float32)
-        yield logits - mx.logsumexp(logits, -1, keepdims=True)
+        yield distributions.log_probs(policy.body.logits(hidden[start : start + size]))
 
 
 def divergences(policy: Policy, base: mx.array, now: mx.array) -> np.ndarray:
     """KL(base || now) in nats, float64 [n], of final hidden states [n, D]; the head is no writer, so it is the same."""
     pairs = zip(log_probs(policy, base), log_probs(policy, now), strict=True)
-    found = [np.array((mx.exp(p) * (p - q)).sum(-1)).astype(np.float64) for p, q in pairs]
-    return np.maximum(np.concatenate(found), 0.0)
+    return np.concatenate([np.array(distributions.divergence(p, q)).astype(np.float64) for p, q in pairs])
 
 
 def perplexity(policy: Policy, hidden: mx.array, targets: np.ndarray) -> float:

@@ -27,6 +27,7 @@ from ..capture import encode
 from ..data import source as sources
 from ..data.groups import PROMPTS
 from ..data.messages import RowError
+from ..distributions import divergence
 from ..errors import UserError
 from ..flags import nearest
 from ..intervals import Interval, wilson
@@ -151,9 +152,9 @@ class Divergence:
         """From log-probs float32 [n, V] at the wanted columns of all texts, in pieces as the base's; inf if unknown."""
         total, count = 0.0, 0
         for base, own in zip(self.base, logps, strict=True):
-            total += float(np.array((mx.exp(base) * (base - own)).sum()))
+            total += float(np.array(divergence(base, own).sum()))
             count += len(base)
-        return max(0.0, total / count) if math.isfinite(total) else math.inf
+        return total / count if math.isfinite(total) else math.inf
 
     def told(self, value: float) -> str:
         """Nats."""

@@ -19,10 +19,12 @@ from rich import box
 from rich.table import Table
 
 from .. import taps
+from ..distributions import log_probs
 from ..policy import Policy
 from ..steerability import auroc
 from ..writers import Writer
 from .edit import plan
+from .measure import divergences
 from .trial import Forced, Slots
 
 EARLY = 0.8  # share of the blocks; directions of later ones are of the next token, not of the behaviour
@@ -71,7 +73,7 @@ class Reading(NamedTuple):
     def scores(self, policy: Policy, states: mx.array) -> np.ndarray:
         """float64 [n]."""
         if self.tokens:
-            return log_odds(log_probs(policy, states), self.tokens)
+            return log_odds(log_probs(policy.body.logits(states)), self.tokens)
         away = np.array(states.astype(mx.float32)).astype(np.float64) - self.middle
         return away @ self.towards / np.maximum(np.linalg.norm(away, axis=1) * np.linalg.norm(self.towards), 1e-30)
 
@@ -98,7 +100,7 @@ def choose(
     note = None
     with Slots(policy, writers, 1, len(next(iter(directions.values())))) as slots:
         texts = [[Forced(prompt, len(prompt) - 1) for prompt in side] for side in (positives, negatives)]
-        base = [slots._states(0, side) for side in texts]
+        base = [slots.states(0, side) for side in texts]
         reading = tokens_reading(policy, base, tokens) if tokens else None
         if reading is None:
             reading = cosine_reading(policy, base)
@@ -107,12 +109,12 @@ def choose(
 
         def bypass(key: Source, count: int | None) -> float:
             slots.set(1, plan(writers, directions[key], weight))
-            return float(reading.scores(policy, slots._states(1, texts[0][:count])).mean())
+            return float(reading.scores(policy, slots.states(1, texts[0][:count])).mean())
 
         found = []
         for key in _screened(keys, lambda key: bypass(key, FIRST), screened):
             left = bypass(key, None)
-            kl = divergence(policy, base[1], slots._states(1, texts[1]))
+            kl = float(divergences(policy, base[1], slots.states(1, texts[1])).mean())
             induced = added(slots, taps.blocks(policy.model)[key[0]], directions[key], texts[1])
             induce = float(reading.scores(policy, induced).mean())
             found.append(_judged(Candidate(*key, left, induce, kl), reading, max_kl))
@@ -152,7 +154,7 @@ def added(slots: Slots, path: str, vector: np.ndarray, texts: Sequence[Forced]) 
     slots.set(0, [])  # what texts begin with was computed without it
     handle = taps.put(slots.policy.model, path, lambda h, _: h + held.astype(h.dtype))
     try:
-        found = slots._states(0, texts)
+        found = slots.states(0, texts)
         mx.eval(found)
         return found
     finally:
@@ -165,7 +167,7 @@ def added(slots: Slots, path: str, vector: np.ndarray, texts: Sequence[Forced]) 
 
 def tokens_reading(policy: Policy, base: Sequence[mx.array], tokens: Sequence[int]) -> Reading | None:
     """By log-odds of first tokens; None where these do not tell positives from negatives."""
-    scores = [log_odds(log_probs(policy, states), tokens) for states in base]
+    scores = [log_odds(log_probs(policy.body.logits(states)), tokens) for states in base]
     if auroc(*scores) < CLEAR or scores[0].mean() <= 0:
         return None
     return Reading("log-odds", (float(scores[0].mean()), float(scores[1].mean())), tuple(tokens))
@@ -184,18 +186,6 @@ def log_odds(logps: mx.array, tokens: Sequence[int]) -> np.ndarray:
     p = np.array(mx.exp(logps[:, mx.array(sorted(tokens))]).sum(-1)).astype(np.float64)
     p = np.clip(p, 1e-8, 1 - 1e-8)
     return np.log(p) - np.log1p(-p)
-
-
-def log_probs(policy: Policy, states: mx.array) -> mx.array:
-    """float32 [n, V] of final states [n, D]."""
-    logits = policy.body.logits(states).astype(mx.float32)
-    return logits - mx.logsumexp(logits, -1, keepdims=True)
-
-
-def divergence(policy: Policy, base: mx.array, now: mx.array) -> float:
-    """Mean over rows of KL(base || now), nats, of final states [n, D]."""
-    p, q = log_probs(policy, base), log_probs(policy, now)
-    return max(0.0, float(np.array((mx.exp(p) * (p - q)).sum(-1).mean())))
 
 
 def first_tokens(showing: Sequence[Sequence[int]], others: Sequence[Sequence[int]]) -> tuple[int, ...]:

@@ -16,7 +16,9 @@ import numpy as np
 
 from .. import blas, data, taps
 from ..adapter_layers import SWITCH
+from ..capture import common_start
 from ..decoding import Decoder, Row
+from ..distributions import log_probs
 from ..forward import PromptReader, PromptRecorder, record
 from ..policy import Policy
 from ..rollout import SMALL, rollout
@@ -59,7 +61,7 @@ class Slots:
             is_expert = isinstance(module_at(policy.model, writer.path), SWITCH)
             path = writer.path.rpartition(".")[0] if is_expert else writer.path
             self.stack.callback(taps.put(policy.model, path, self._tap(i)).remove)
-        self._write(range(len(writers)))
+        self._write()
 
     def __enter__(self) -> "Slots":
         return self
@@ -80,12 +82,12 @@ class Slots:
                 i = self.index[edit.writer.path]
                 self.unit[i, slot], self.gone[i, slot] = unit, edit.weight * unit
         self.starts = {key: made for key, made in self.starts.items() if key[0] != slot}
-        self._write(range(len(self.unit)))
+        self._write()
 
-    def _write(self, writers: Sequence[int]) -> None:
-        for i in writers:
+    def _write(self) -> None:
+        for i, bias in enumerate(self.bias):
             self.holder[f"unit{i}"], self.holder[f"gone{i}"] = mx.array(self.unit[i]), mx.array(self.gone[i])
-            if (bias := self.bias[i]) is not None:
+            if bias is not None:
                 self.holder[f"kept{i}"] = mx.array(self.unit[i] @ bias)
         mx.eval(self.holder.parameters())
 
@@ -107,14 +109,13 @@ class Slots:
 
     def logps(self, slot: int, texts: Sequence[Forced]) -> Iterator[mx.array]:
         """Log-probs float32 [n, V] of a slot's model at the wanted columns, text after text; n as in any slot."""
-        states = self._states(slot, texts)
+        states = self.states(slot, texts)
         size = max(1, LOGITS // self.policy.vocabulary)
         for start in range(0, states.shape[0], size):
-            logits = self.policy.body.logits(states[start : start + size]).astype(mx.float32)
-            yield logits - mx.logsumexp(logits, -1, keepdims=True)
+            yield log_probs(self.policy.body.logits(states[start : start + size]))
 
-    def _states(self, slot: int, texts: Sequence[Forced]) -> mx.array:
-        """[all wanted columns, D], in the order of the texts."""
+    def states(self, slot: int, texts: Sequence[Forced]) -> mx.array:
+        """Final hidden states [all wanted columns, D] of a slot's model, in the order of the texts."""
         begun = self._begun([text.tokens for text in texts], min(text.first for text in texts))
         variant = mx.array([slot], mx.int32)
 
@@ -144,12 +145,7 @@ class Slots:
 
     def _begun(self, texts: Sequence[Sequence[int]], most: int) -> tuple[int, ...]:
         """What all texts begin with, at most so many tokens; nothing where this model cannot share it."""
-        first, last = (
-            min(map(tuple, texts)),
-            max(map(tuple, texts)),
-        )  # in dictionary order: what these two share, all share
-        alike = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), len(first))
-        return first[: min(alike, most)] if self.policy.sharing else ()
+        return tuple(texts[0][: min(common_start(texts), most)]) if self.policy.sharing else ()
 
     def _start(self, slot: int, begun: tuple[int, ...]) -> list[PromptRecorder]:
         """Keys and values of a start in a slot's model, computed once."""

@@ -59,12 +59,12 @@ class Trier:
         said = completions(slots, 0, negatives, KL_TOKENS - 1)
         both = zip(negatives, said, strict=True)
         self.forced = [Forced([*prompt, *ids], len(prompt) - 1) for prompt, ids in both]
-        self.base = slots._states(0, self.forced)
+        self.base = slots.states(0, self.forced)
 
     def put(self, rows: Rows, weight: Callable[[Writer], float]) -> tuple[float, float]:
         """Into the slot; KL of the first token, and the 95th percentile over prompts of that of several."""
         self.slots.set(1, plan(self.writers, rows, weight))
-        kls = divergences(self.policy, self.base, self.slots._states(1, self.forced))
+        kls = divergences(self.policy, self.base, self.slots.states(1, self.forced))
         ends = np.cumsum([len(text.tokens) - text.first for text in self.forced])
         each = np.split(kls, ends[:-1])
         return float(np.mean([k[0] for k in each])), float(np.quantile([k.mean() for k in each], 0.95))

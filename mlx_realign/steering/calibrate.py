@@ -15,6 +15,7 @@ import numpy as np
 
 from .. import data, forward, rollout
 from ..batch import Batch, Completion, Example
+from ..distributions import divergence, log_probs
 from ..errors import UserError
 from ..policy import Policy
 from ..sampling import Sampling
@@ -158,7 +159,7 @@ class Bench:
             now = self._hidden(batch)
             for start in range(0, len(now), ROWS):
                 part = slice(start, start + ROWS)
-                found.append(np.array(divergence(self._logits(now[part]), self._logits(base[part]))))
+                found.append(np.array(divergence(self._log_probs(now[part]), self._log_probs(base[part]))))
         return np.nan_to_num(np.concatenate(found).astype(np.float64), nan=np.inf)  # a stream that ran over
 
     def _hidden(self, batch: Batch) -> mx.array:
@@ -169,15 +170,8 @@ class Bench:
         mx.eval(picked)
         return picked
 
-    def _logits(self, hidden: mx.array) -> mx.array:
-        return self.policy.body.logits(hidden)
-
-
-def divergence(logits: mx.array, base: mx.array) -> mx.array:
-    """float32 [n]: KL(softmax(logits) || softmax(base)) of logits [n, V]; tokens that both rule out (-inf) count 0."""
-    one, other = (x.astype(mx.float32) - mx.logsumexp(x.astype(mx.float32), -1, keepdims=True) for x in (logits, base))
-    shares = mx.exp(one)
-    return mx.maximum(mx.where(shares > 0, shares * (one - other), 0.0).sum(-1), 0.0)
+    def _log_probs(self, hidden: mx.array) -> mx.array:
+        return log_probs(self.policy.body.logits(hidden))
 
 
 def _batches(examples: list[Example]) -> list[Batch]:

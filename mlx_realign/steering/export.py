@@ -20,7 +20,7 @@ from typing import Literal
 import mlx.core as mx
 import numpy as np
 
-from .. import fingerprint, gguf_vectors, vectors
+from .. import distributions, fingerprint, gguf_vectors, vectors
 from ..errors import UserError
 from ..policy import Policy
 from ..vectors import About, Direction
@@ -174,8 +174,7 @@ def verified(policy: Policy, expected: mx.array, effect: float) -> str:
 def log_probs(policy: Policy) -> mx.array:
     """float32 [2, 12, V] of random tokens: what models are compared by (logits may differ by a constant)."""
     tokens = mx.random.randint(0, policy.vocabulary, (2, 12), key=mx.random.key(0))
-    logits = policy.model(tokens).astype(mx.float32)
-    found = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+    found = distributions.log_probs(policy.model(tokens))
     mx.eval(found)
     return found
 
