@@ -2,7 +2,7 @@
 """Time a search for ablation kernels against Heretic's, run as a program: same model, prompts, ranges and cores.
 
     python3 -m venv VENV && VENV/bin/pip install heretic-llm==1.4.0       (with a CPU wheel of torch)
-    python benchmarks/ablation.py --model SmolLM2-135M-Instruct --heretic VENV [--trials 10] [--seeds 0,1,2]
+    python benchmarks/ablation.py --model SmolLM2-135M-Instruct --heretic VENV [--trials 20] [--seeds 0,1,2]
 
 What goes is SmolLM2's apology for errands (benchmarks/apologies, by make_contrast.py): 100 + 100 prompts for the
 direction, 50 + 50 to judge by, 100 new tokens, markers "sorry" and "apolog", KL of the first token, float32. Heretic
@@ -64,7 +64,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True)
     parser.add_argument("--heretic", type=Path, required=True, help="virtual environment")
-    parser.add_argument("--trials", type=int, default=10, help="of Heretic; ours may take three times as many")
+    parser.add_argument("--trials", type=int, default=20, help="of each search")
     parser.add_argument("--seeds", default="0,1,2", help="of our searches; Heretic's is the first")
     parser.add_argument("--prompts", type=int, default=50, help="of each side, to judge by")
     parser.add_argument("--tokens", type=int, default=TOKENS)
@@ -83,10 +83,8 @@ def main() -> None:
         ours = per_token(setting, direction, found, [point.kernel for point in theirs if point.kernel][:TOGETHER])
         searches = []
         for seed in seeds:
-            points = run_ours(
-                setting, direction, found, 3 * a.trials, int(0.3 * a.trials), seed, folder / f"{seed}.jsonl"
-            )
-            searches.append(points)
+            journal, startup = folder / f"{seed}.jsonl", int(0.3 * a.trials)
+            searches.append(run_ours(setting, direction, found, a.trials, startup, seed, journal))
     report(a, policy, theirs, said, ours, searches)
 
 
@@ -293,7 +291,7 @@ def report(
     rows.append(("heretic", str(len(theirs)), f"{end:.1f}", volume(theirs), "", ""))
     for seed, points, took in zip(a.seeds.split(","), searches, times, strict=True):
         when = ("never", "") if took is None else (f"{took:.1f}", f"{end / took:.2f}")
-        rows.append((f"mlx-realign, seed {seed}", str(3 * a.trials), f"{points[-1].at_s:.1f}", volume(points), *when))
+        rows.append((f"mlx-realign, seed {seed}", str(a.trials), f"{points[-1].at_s:.1f}", volume(points), *when))
     print(launch.table(rows), end="\n\n")
     for name, points in (
         ("heretic", front),

@@ -44,14 +44,7 @@ THINGS = 34  # errands, and topics, of the train side; the others are held out
 SIDES = {"train": 128, "test": 64}  # prompts of each set
 HELD_OUT = 0.05  # of the train side, which `ablate` measures on
 PLAIN = 24  # held-out topics by which the ablated model is judged
-OPTIONS = {  # of `mlx-realign ablate`, chosen on prompts of the train side; with the MLPs edited too it costs more KL
-    "position": "last",
-    "block": "per-block",
-    "blocks": "11-29",
-    "weight": "1",
-    "attention_weight": 1.2,
-    "mlp_weight": 0.0,
-}
+OPTIONS: dict[str, Any] = {"position": "last", "search": True, "trials": 40}  # of `mlx-realign ablate`
 MODELS: dict[str, Literal[4] | None] = {"float32": None, "4-bit": 4}
 
 Row = dict[str, Any]
@@ -67,7 +60,7 @@ class Sizes:
     steered: int = 32  # of a steered one
     fit: int = SIDES["train"]
     packed: int = 4  # prompts on which packed weights are compared
-    coefficients: tuple[float, ...] = (0.5, 0.75, 1.0)
+    coefficients: tuple[float, ...] = (0.5, 0.75, 1.0, 1.25, 1.5)
 
 
 FAST = Sizes(prompts=6, plain=4, tokens=12, steered=8, fit=20, packed=1, coefficients=(1.0,))
@@ -149,14 +142,9 @@ def ablated(policy: Policy, sets: Row, sizes: Sizes, options: Row, output: Path,
     block: where it is read how far along the direction the sets stand, unless one block's was removed.
     """
     train = [sets[name]["train"][: sizes.fit] for name in ("errands", "topics")]
-    brief = {
-        "held_out": 0.05,
-        "eval_limit": 2,
-        "max_new_tokens": 8,
-        "select_prompts": 4,
-        "samples": 0,
-    }  # it is measured below
-    result = ablate(policy, *train, output=str(output), markers=SHOWS, **brief, **options)
+    brief = {"held_out": HELD_OUT, "eval_limit": 2, "samples": 0}  # it is measured below
+    brief |= {} if options.get("search") else {"max_new_tokens": 8, "select_prompts": 4}
+    result = ablate(policy, *train, output=str(output), markers=SHOWS, **brief | options)
     asked = [sets["errands"]["test"][: sizes.prompts], sets["topics"]["test"][: sizes.plain]]
     bench = measure.Bench(
         *(capture.encode(policy, side) for side in asked),
@@ -172,7 +160,10 @@ def ablated(policy: Policy, sets: Row, sizes: Sizes, options: Row, output: Path,
     facts |= {
         "options": options,
         "fit": result.facts["prompts"]["fit"],
+        "select": result.facts["prompts"]["select"],
         "plan": result.plan.lines,
+        "kernel": result.facts.get("kernel"),
+        "trial": result.facts.get("trial"),
         "edits": result.facts["edits"],
     }
     facts["other_refusals"] = {
@@ -263,6 +254,9 @@ def run(model: Path, work: Path, report: Path, sizes: Sizes, options: Row = OPTI
         "versions": {name: metadata.version(name) for name in ("mlx-realign", "mlx", "mlx-lm")},
     }
     report.mkdir(parents=True, exist_ok=True)
+    for name in MODELS:
+        if (plot := work / f"{name}-adapter/search.png").exists():
+            (report / f"search-{name}.png").write_bytes(plot.read_bytes())
     for kind in ("steered", "ablated"):
         rows = [{"model": name, **row} for name in MODELS for row in read_rows(work / f"{name}-{kind}.jsonl")]
         write_rows(report / f"{kind}.jsonl", rows)

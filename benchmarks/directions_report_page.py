@@ -19,10 +19,11 @@ PAGE = """# An apology, taken out and put in
 
 <!-- written by benchmarks/directions_report_page.py from docs/directions-report/ -->
 Asked to run an errand ("{errand}"), {model} apologises: {before} of the time on {errands} held-out errands.
-One edit of its weights, made from {fit} errands and {fit} topics that it answers, brings that to **{after}**. Added to
-its states instead, the direction between the two makes it apologise for ordinary questions ("{topic}"):
-**{steered}** at coefficient {coefficient:g}, where it did {plain} without and {system} when a system message asks
-for it. The same on a model quantised to 4 bits: {q_before} to **{q_after}** ablated, **{q_steered}** steered.
+One edit of its weights, made from {fit} errands and {fit} topics that it answers, brings that to **{after}**, at
+{kl:.2f} nats of KL on topics (first token). Added to its states instead, the direction between the two makes it
+apologise for ordinary questions ("{topic}"): **{steered}** at coefficient {coefficient:g}, where it did {plain} without
+and {system} when a system message asks for it. The same on a model quantised to 4 bits: {q_before} to **{q_after}**
+ablated, **{q_steered}** steered.
 
 - **Behaviour**: a reply that holds {markers} ({letters}). Ablated replies count as failures also
   where they are empty or go round in circles; steered ones count only where they do not.
@@ -35,8 +36,7 @@ for it. The same on a model quantised to 4 bits: {q_before} to **{q_after}** abl
   (`--quantize 4 --cpu-dequantize never`) with this adapter, next-token log-probs of {packed} errands differ by
   {packed_difference:.2g} nats at most and {packed_same} of {packed} first tokens are the same. The
   float32 model is what `smollm2.py` builds, from weights that were of 4 bits (Q4_1) before: this quantises them again.
-- **Took** {minutes:.0f} minutes in all on one core ({processor}), shared with much other work. One run, one choice of
-  prompts.
+- **Took** {minutes:.0f} minutes in all on {cores} cores ({processor}). One run, one choice of prompts.
 
 ```sh
 python benchmarks/directions_report.py --work work     # all of this page; below, its parts by the commands
@@ -60,10 +60,8 @@ it is given; the numbers here are of `errands-test.txt` and `topics-test.txt`, t
 In brackets: 95% intervals, Wilson's. {changes} Refuses in other words: any of the default markers of
 `ablate` ("I can't", "as an AI" and the like) without an apology. KL(before || after), nats, on {plain_prompts} held-out
 topics, at the first token and along the first {kl_tokens} tokens of the model's own replies before, of which perplexity
-is too. Edited: {edits} matrices, the attention outputs of blocks 11 to 29, of which each loses its own block's
-direction, {attention:g} times. That was chosen in a short trial on prompts of the train side: with the MLPs' outputs
-edited too the KL of the first token was several times as high, and so it was with one block's direction removed
-everywhere, which mostly left the apology. The directions are from {direction} errands and topics.
+is too. The directions are from {direction} errands and topics each. {edited}
+{search_plot}
 
 ## Put in
 
@@ -113,6 +111,9 @@ Last prompt token, {fit} prompts each, each half measured along the mean differe
 - [steered.jsonl](directions-report/steered.jsonl): all steered replies, of both models
 """
 
+SEARCH_PLOT = """
+![trials of the search, float32](directions-report/search-float32.png)
+"""
 LIMITS = """- The behaviour is counted by its words. What the model says instead of an apology is no help: it cannot run
   errands, and without the apology it pretends to, or says something else. The samples show it.
 - A steered reply apologises and is seldom an answer to what was asked: the direction holds "this is an errand" too,
@@ -125,14 +126,15 @@ def page(result: Row, ablated: list[Row], steered: list[Row]) -> str:
     one, other = (result["models"][name] for name in ("float32", "4-bit"))
     best, q_best = strongest(one), strongest(other)
     base, system = one["steering"]["ways"][0], one["steering"]["ways"][-1]
-    sizes, edits = result["sizes"], one["ablation"]["edits"]
+    sizes = result["sizes"]
     block, packed = one["steering"]["blocks"][0], other["packed"]
     separations = [_separation(s) for s in one["steering"]["separations"]]
     at = next(s for s in separations if s.block == block)
     errands = [row for row in ablated if row["set"] == "errands" and row["model"] == "float32"]
     topics = [row for row in ablated if row["set"] == "topics" and row["model"] == "float32"]
     put_in = [row for row in steered if row["model"] == "float32"]
-    options = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in one["ablation"]["options"].items())
+    flags = {f"--{name.replace('_', '-')}": value for name, value in one["ablation"]["options"].items()}
+    options = " ".join(flag if value is True else f"{flag} {value}" for flag, value in flags.items())
     shares = {name: [m["ablation"]["positive"]["behaviour"][when] for when in ("before", "after")]
               for name, m in (("f", one), ("q", other))}  # fmt: skip
     return PAGE.format(
@@ -141,6 +143,7 @@ def page(result: Row, ablated: list[Row], steered: list[Row]) -> str:
         topic=put_in[0]["prompt"],
         before=_rate(shares["f"][0]),
         after=_rate(shares["f"][1]),
+        kl=one["ablation"]["kl"]["first_token"],
         q_before=_rate(shares["q"][0]),
         q_after=_rate(shares["q"][1]),
         steered=_rate(best["apologises"]),
@@ -166,14 +169,15 @@ def page(result: Row, ablated: list[Row], steered: list[Row]) -> str:
         packed_same=packed["same_first_token"],
         minutes=sum(m["seconds"] for m in (one, other)) / 60,
         processor=result["machine"]["processor"],
+        cores=result["machine"]["cores"],
         options=options,
         coefficients=",".join(f"{c:g}" for c in sizes["coefficients"]),
         system_message=result["system"],
         ablation=ablation_table(one["ablation"], other["ablation"]),
         changes=_changes(one["ablation"], other["ablation"]),
-        edits=sum(weight != 0 for weight in edits.values()),
         kl_tokens=measure.Bench.kl_tokens,
-        attention=one["ablation"]["options"].get("attention_weight", 1.0),
+        edited=edited(one["ablation"], other["ablation"]),
+        search_plot=SEARCH_PLOT if one["ablation"]["kernel"] else "",
         direction=one["ablation"]["fit"][0],
         steering=steering_table(one["steering"]["ways"], other["steering"]["ways"]),
         share=at.norm / at.median_norm,
@@ -183,6 +187,28 @@ def page(result: Row, ablated: list[Row], steered: list[Row]) -> str:
         steered_samples=at_coefficients(put_in),
         limits=LIMITS.format(model=result["model"]),
     )
+
+
+def edited(one: Row, other: Row) -> str:
+    """Which matrices lose what, and who chose that."""
+    if not one["kernel"]:
+        return " ".join(one["plan"])
+    trials, select = one["options"]["trials"], one["select"][0]
+    told = [
+        f"A search chose the edit: {trials} trials on {select} other errands and topics of the train side; taken is "
+        "the knee of the front (markers against the KL of the first token)."
+    ]
+    for name, study in (("float32", one), ("4-bit", other)):
+        kernel, edits = study["kernel"], study["edits"]
+        source = "its own block's direction" if kernel["source"] is None else f"that of block {kernel['source']:.1f}"
+        tents = ", ".join(
+            f"{kind} up to {tent['max_weight']:.2f} times, most around block {tent['position']:.0f}"
+            for kind, tent in kernel.items()
+            if kind != "source" and tent["max_weight"] > 0
+        )
+        count = sum(weight != 0 for weight in edits.values())
+        told.append(f"For {name} it is trial {study['trial']}: {count} matrices lose {source}, {tents}.")
+    return " ".join(told)
 
 
 def strongest(study: Row) -> Row:

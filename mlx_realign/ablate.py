@@ -245,6 +245,9 @@ def measured(
     told = {"behaviour": [after["positive"]["behaviour"][when]["value"] for when in ("before", "after")]}
     told |= {"kl_first_token": after["kl"]["first_token"], "left": max(found.leaks.values(), default=0.0)}
     direction = extracted.direction(plan.block, position, contrast.hash, told)
+    if plan.rows and plan.block is not None:  # a search may take what lies between two blocks
+        mixed = plan.rows[plan.block] * direction.norm(plan.block)
+        direction = dataclasses.replace(direction, vectors=direction.vectors | {plan.block: mixed})
     plan.facts["bench"] = bench
     return Result(policy, direction, plan, applied, found, facts)
 

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Steer a model along a direction: extract one, generate with it, measure, export, watch, screen data.
+"""Steer a model along a direction: extract one, generate with it, measure, export, say when, watch, screen data.
 
     mlx-realign steer extract --model tiny-chat --positive grey.txt --negative bright.txt --output mood.safetensors
     mlx-realign steer generate --steer mood.safetensors --prompt "How is the garden?" --compare
     mlx-realign steer eval --steer mood.safetensors --prompts test.txt --markers grey-words.txt
     mlx-realign steer export --steer mood.safetensors --to mlx-lm --output grey-model
+    mlx-realign steer condition --model tiny-chat --positive steer.txt --negative leave.txt --output gate.safetensors
     mlx-realign steer monitor --direction mood.safetensors --prompt "How is the garden?"
     mlx-realign steer screen train.jsonl --direction mood.safetensors --output scored.jsonl
 
@@ -29,12 +30,13 @@ from . import cli, data, flags, generate, rollout, taps
 from .errors import UserError
 from .policy import Policy
 from .sampling import Sampling
-from .steering import Steering, evaluate, export, extract, monitor, screen
+from .steering import Steering, evaluate, export, extract, gate, monitor, screen
 from .steering import steer as put_on
 from .steering.asked import SteerFlags, UseFlags, joined, load_model, steers_of
 from .steering.evaluate import Settings as EvalSettings
 from .steering.export import Settings as ExportSettings
 from .steering.extract import Settings as ExtractSettings
+from .steering.gate import Settings as GateSettings
 from .steering.monitor import Settings as MonitorSettings
 from .steering.screen import Settings as ScreenSettings
 
@@ -131,6 +133,7 @@ COMMANDS: dict[str, Command] = {
     "generate": (GenerateSettings, talk, GENERATE),
     "eval": (EvalSettings, evaluate.command, evaluate.__doc__),
     "export": (ExportSettings, export.command, export.__doc__),
+    "condition": (GateSettings, gate.command, gate.__doc__),
     "monitor": (MonitorSettings, monitor.command, monitor.__doc__),
     "screen": (ScreenSettings, screen.command, screen.__doc__),
 }

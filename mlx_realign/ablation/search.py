@@ -33,6 +33,8 @@ from .scorers import Asked, Given, Prompt, Scorer, Setting, make
 from .trial import Job, Runner, Slots, completions
 
 SLOTS = 8  # trials under way at most
+WAITING = 3  # of them that wait for a more promising one
+PROMISING = 0.1  # share of failures up to which a trial that is under way may well push others off the front
 WORST = 1e3  # what is said of a score that is not finite
 STUDY = "ablation"
 
@@ -59,6 +61,7 @@ class Attempt:
     slot: int
     scores: list[float]  # bounds from below until it is whole
     verdicts: dict[int, dict[int, float]]  # of scorers that ask: by prompt
+    generating: bool = False
 
     def bound(self, scorers: Sequence[Scorer]) -> tuple[float, ...]:
         """What its scores will be at least: whoever is still to be judged counts 0."""
@@ -114,9 +117,9 @@ def run(
     }
     with Slots(policy, writers, SLOTS, direction.width) as slots:
         search = _Search(slots, made, writers, direction, rows, max_kl, say)
-        base = study.same(asked) or study.begin(asked, search.measure_base())
+        study.claim(asked)
         try:
-            search.run(study, base, trials)
+            base = search.run(study, trials)
         except KeyboardInterrupt:
             say(f"stopped: {len(study.trials())} trials are kept in {journal}; the same command goes on from there")
             raise
@@ -146,52 +149,80 @@ class _Search:
         self.give = {i: scorer for i, scorer in enumerate(scorers) if isinstance(scorer, Given)}
         prompts = [prompt for scorer in self.ask.values() for prompt in scorer.prompts]
         self.runner = Runner(slots, prompts, rows) if prompts and slots.policy.sharing else None
-        self.alone = 0  # tokens generated without a runner
+        self.counted = 0  # tokens generated without a runner
         for scorer in self.give.values():
             scorer.prepare(slots)
 
     @property
     def tokens(self) -> int:
         """Generated so far."""
-        return self.alone + (self.runner.tokens if self.runner else 0)
+        return self.counted + (self.runner.tokens if self.runner else 0)
 
-    def measure_base(self) -> tuple[float, ...]:
-        """Scores of the unedited model."""
-        self.say("the unedited model")
-        attempt = self._attempt(None, Kernel({}), 0)
-        while not attempt.whole(self.scorers):
-            self._advance([attempt])
-        return attempt.bound(self.scorers)
-
-    def run(self, study: "_Study", base: tuple[float, ...], trials: int) -> None:
-        """Until there are so many trials."""
+    def run(self, study: "_Study", trials: int) -> tuple[float, ...]:
+        """Until there are so many trials; scores of the unedited model, which is judged beside the first ones."""
         done = study.trials()
-        best = [base, *(trial.scores for trial in front(done, self.scorers))]
+        best = [trial.scores for trial in front(done, self.scorers)]
         left, under_way = trials - len(done), []
+        if study.base is None:
+            self.say("the unedited model")
+            under_way.append(self._attempt(None, Kernel({}), 0))
+            self._settle(under_way, best, study)
+        else:
+            best.append(study.base)
         while left > 0 or under_way:
-            while left > 0 and len(under_way) < SLOTS and (self.runner is None or self.runner.hungry):
+            while left > 0 and self._room(under_way):
                 slot = min(set(range(1, SLOTS + 1)) - {attempt.slot for attempt in under_way})
                 asked, kernel = study.ask()
                 self.slots.set(slot, kernel.edits(self.writers, self.direction))
                 under_way.append(self._attempt(asked, kernel, slot))
                 left -= 1
                 self._settle(under_way, best, study)
-                if self.runner is None:
-                    break
+                self._start(under_way)
             if under_way:
+                self._start(under_way)
                 self._advance(under_way)
                 self._settle(under_way, best, study)
+        assert study.base is not None
+        return study.base
+
+    def _room(self, under_way: Sequence[Attempt]) -> bool:
+        """Whether one more may begin."""
+        if self.runner is None:
+            return not under_way
+        waiting = sum(not attempt.generating for attempt in under_way)
+        return len(under_way) < SLOTS and waiting < WAITING and self.runner.hungry
+
+    def _start(self, under_way: Sequence[Attempt]) -> None:
+        """Rows of attempts that need not wait.
+
+        One waits while another is no worse in all that is known of both, and hardly fails: when that is whole, this one
+        most likely need not be judged at all.
+        """
+        known = {i: scorer for i, scorer in enumerate(self.scorers) if i in self.give}
+
+        def ahead(other: Attempt, own: Attempt) -> bool:
+            promising = other.asked is not None and other.generating
+            promising = promising and all(other.bound(self.scorers)[i] <= PROMISING for i in self.ask)
+            return promising and all(
+                max(other.scores[i], scorer.finest) <= max(own.scores[i], scorer.finest) for i, scorer in known.items()
+            )
+
+        for attempt in under_way:
+            if attempt.generating or any(ahead(other, attempt) for other in under_way):
+                continue
+            attempt.generating = True
+            if self.runner is None:
+                continue
+            for i, scorer in self.ask.items():
+                for place, prompt in enumerate(scorer.prompts):
+                    self.runner.add(Job(_number(attempt.asked), i, place), attempt.slot, prompt)
 
     def _attempt(self, asked: Any, kernel: Kernel, slot: int) -> Attempt:
-        """Scores of given texts at once; what must be generated waits."""
+        """With the scores of given texts; what must be generated is yet to come."""
         attempt = Attempt(asked, kernel, slot, [0.0] * len(self.scorers), {i: {} for i in self.ask})
         for i, scorer in self.give.items():
             value = scorer.value(self.slots.logps(slot, scorer.texts))
             attempt.scores[i] = min(value, WORST)
-        if self.runner is not None and not self._too_far(attempt):
-            for i, scorer in self.ask.items():
-                for place, prompt in enumerate(scorer.prompts):
-                    self.runner.add(Job(_number(asked), i, place), slot, prompt)
         return attempt
 
     def _too_far(self, attempt: Attempt) -> bool:
@@ -203,7 +234,7 @@ class _Search:
         if self.runner is None:
             for i, scorer in self.ask.items():
                 ids = completions(self.slots, under_way[0].slot, scorer.prompts, scorer.max_new_tokens)
-                self.alone += sum(map(len, ids))
+                self.counted += sum(map(len, ids))
                 texts = [self.slots.policy.tokenizer.decode(one) for one in ids]
                 under_way[0].verdicts[i] = dict(enumerate(scorer.judge(range(len(texts)), texts)))
             return
@@ -226,6 +257,13 @@ class _Search:
         """Tell the study of trials that are whole, and of those that cannot reach the front any more."""
         for attempt in list(under_way):
             bound, whole = attempt.bound(self.scorers), attempt.whole(self.scorers)
+            if attempt.asked is None:  # the unedited model: it is never left early
+                if whole:
+                    under_way.remove(attempt)
+                    best.append(bound)
+                    study.base = bound
+                    self.say(f"the unedited model: {self._told(bound)}")
+                continue
             too_far = self._too_far(attempt)
             behind = any(dominates(coarse(b, self.scorers), coarse(bound, self.scorers)) for b in best)
             if not (whole or behind or too_far):
@@ -239,8 +277,10 @@ class _Search:
             study.tell(attempt, bound, coarse(guess, self.scorers), pruned=not whole)
             if whole:
                 best.append(bound)
-            scores = ", ".join(f"{s.name} {s.told(b)}" for s, b in zip(self.scorers, bound, strict=True))
-            self.say(f"trial {attempt.asked.number}: {'' if whole else 'left at '}{scores}")
+            self.say(f"trial {attempt.asked.number}: {'' if whole else 'left at '}{self._told(bound)}")
+
+    def _told(self, scores: Sequence[float]) -> str:
+        return ", ".join(f"{s.name} {s.told(score)}" for s, score in zip(self.scorers, scores, strict=True))
 
 
 class _Study:
@@ -267,23 +307,26 @@ class _Study:
             self.study.tell(trial.number, state=optuna.trial.TrialState.FAIL)  # it was cut off: it begins anew
             self.study.enqueue_trial(trial.params)
 
-    def same(self, asked: dict[str, Any]) -> tuple[float, ...] | None:
-        """The base's scores where the journal holds this very search, None where it is new; UserError for another."""
-        held = self.study.user_attrs
-        if "base" not in held:
-            return None
-        if different := [name for name, value in asked.items() if held["search"].get(name) != value]:
+    def claim(self, asked: dict[str, Any]) -> None:
+        """Note what is searched. UserError where the journal is of another search."""
+        held = self.study.user_attrs.get("search")
+        if held is None:
+            self.study.set_user_attr("search", asked)
+        elif different := [name for name, value in asked.items() if held.get(name) != value]:
             raise UserError(
                 f"{self.journal}: is the journal of a search with another {', '.join(different)}. "
                 "Go on with what it was made with, or name a new file."
             )
-        return tuple(held["base"])
 
-    def begin(self, asked: dict[str, Any], base: tuple[float, ...]) -> tuple[float, ...]:
-        """Note what is searched."""
-        self.study.set_user_attr("search", asked)
-        self.study.set_user_attr("base", list(base))
-        return base
+    @property
+    def base(self) -> tuple[float, ...] | None:
+        """Scores of the unedited model, None until they are known."""
+        held = self.study.user_attrs.get("base")
+        return None if held is None else tuple(held)
+
+    @base.setter
+    def base(self, scores: Sequence[float]) -> None:
+        self.study.set_user_attr("base", list(scores))
 
     def ask(self) -> tuple[Any, Kernel]:
         """The next trial; what is drawn depends on the seed, its number and the trials before it, and on no run."""

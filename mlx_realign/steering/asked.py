@@ -15,7 +15,7 @@ from .. import vectors
 from ..errors import UserError
 from ..policy import Policy
 from ..vectors import Direction
-from . import schedule
+from . import condition, schedule
 from .spec import Steer
 
 Operator = Literal["add", "add_norm", "ablate", "ablate_add", "clamp", "affine", "angular"]
@@ -71,6 +71,8 @@ class SteerFlags:
     """clamp: largest projection."""
     angle: float | None = None
     """angular: degrees."""
+    condition: str | None = None
+    """Steer only the prompts that this file of `steer condition` lets through."""
 
 
 def load_model(settings: ModelFlags, *files: str) -> Policy:
@@ -123,7 +125,10 @@ def steers_of(settings: SteerFlags, policy: Policy, *, force: bool = False) -> l
         if coefficient is not None and not abs(coefficient) < float("inf"):
             raise UserError(f"--steer {text}: the coefficient must be a finite number.")
         direction = vectors.load(file, policy=policy, force=force)
-        found.append(steer_of(direction, settings, coefficient, file))
+        one = steer_of(direction, settings, coefficient, file)
+        if settings.condition is not None:
+            one = Steer.of(one, condition=condition.load(settings.condition, policy, force=force))
+        found.append(one)
     return found
 
 

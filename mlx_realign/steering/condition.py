@@ -12,6 +12,7 @@ in the notes of the cache. mlx-lm's batch generator moves rows between caches an
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal, NamedTuple
 
 import mlx.core as mx
@@ -19,7 +20,9 @@ import numpy as np
 
 from ..errors import UserError
 from ..forward import PromptReader
+from ..policy import Policy
 from ..vectors import Direction
+from ..vectors import load as read_direction
 from .operators import along
 from .where import HELP, Pass, moves
 
@@ -64,6 +67,7 @@ class Condition:
 
 
 _SCORES = ("signed", "cosine")
+KEPT = ("threshold", "sense", "reading", "score")  # in a file, beside its direction and block
 
 
 def scores(states: np.ndarray, direction: Direction, block: int, score: str = "signed") -> np.ndarray:
@@ -78,6 +82,15 @@ def scores(states: np.ndarray, direction: Direction, block: int, score: str = "s
 
 def _baseline(direction: Direction, block: int) -> np.ndarray:
     return direction.baseline.get(block, np.zeros(direction.width)).astype(np.float64)
+
+
+def load(file: str | Path, policy: Policy, *, force: bool = False) -> Condition:
+    """The condition of a file, checked against the model. UserError for a file that holds none."""
+    direction = read_direction(file, policy=policy, force=force)
+    told = direction.about.measured.get("condition")
+    if not isinstance(told, dict) or told.keys() != {*KEPT, "block"}:
+        raise UserError(f"{file}: holds no condition. Make one: mlx-realign steer condition --help.")
+    return Condition(direction, **told)
 
 
 # ------------------------------------------------------------------ in the graph
