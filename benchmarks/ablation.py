@@ -14,7 +14,7 @@ per token   seconds of a trial, KL included, over the tokens of its completions.
 to a front  seconds until our search has a front as good as Heretic's last one: for each of its trials there is one of
             ours with a KL no higher (below 0.01 nats all are equal) and a rate that is not worse beyond the 95%
             interval of the difference. Heretic's clock starts with its first trial, ours with the call, so that the
-            unedited model is included.
+            unedited model is included. Our search ends there, or after three times as many trials.
 """
 
 import argparse
@@ -25,6 +25,8 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
+from contextlib import suppress
 from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -84,7 +86,8 @@ def main() -> None:
         searches = []
         for seed in seeds:
             journal, startup = folder / f"{seed}.jsonl", int(0.3 * a.trials)
-            searches.append(run_ours(setting, direction, found, a.trials, startup, seed, journal))
+            enough = lambda points: as_good(points, best(theirs), a.prompts)  # noqa: E731
+            searches.append(run_ours(setting, direction, found, 3 * a.trials, startup, seed, journal, enough))
     report(a, policy, theirs, said, ours, searches)
 
 
@@ -158,7 +161,7 @@ def journal_of(path: Path) -> list[dict[str, Any]]:
     for line in path.read_text().splitlines():
         entry = json.loads(line)
         if entry["op_code"] == 4:
-            trials.append({"start": stamp(entry["datetime_start"]), "attributes": {}})
+            trials.append({"number": len(trials), "start": stamp(entry["datetime_start"]), "attributes": {}})
         elif entry["op_code"] == 8:
             trials[entry["trial_id"]]["attributes"] |= entry["user_attr"]
         elif entry["op_code"] == 6 and entry.get("datetime_complete"):
@@ -208,34 +211,37 @@ def per_token(setting: Setting, direction: Direction, found: list[Any], kernels:
 
 
 def run_ours(
-    setting: Setting, direction: Direction, found: list[Any], trials: int, startup: int, seed: int, journal: Path
+    setting: Setting,
+    direction: Direction,
+    found: list[Any],
+    trials: int,
+    startup: int,
+    seed: int,
+    journal: Path,
+    enough: Callable[[list[Point]], bool],
 ) -> list[Point]:
-    """Whole trials of one search, and when they were done."""
+    """Whole trials of one search, and when they were done; it ends when these are enough."""
     done: dict[str, float] = {}
     start = time.perf_counter()
 
+    def points() -> list[Point]:
+        kept = [(done.get(f"trial {trial['number']}"), trial["attributes"]) for trial in journal_of(journal)]
+        whole = [(at, own["scores"]) for at, own in kept if at is not None and not own["pruned"]]
+        return sorted(Point(at, 0.0, kl, rate) for at, (rate, kl) in whole)
+
     def say(line: str) -> None:
-        done[line.partition(":")[0]] = time.perf_counter() - start
-        print(f"{done[line.partition(':')[0]]:6.1f} s  {line}", file=sys.stderr, flush=True)
+        name = line.partition(":")[0]
+        done[name] = time.perf_counter() - start
+        print(f"{done[name]:6.1f} s  {line}", file=sys.stderr, flush=True)
+        if name.startswith("trial") and enough(points()):
+            raise KeyboardInterrupt
 
     policy, positive, negative, *_ = setting
     options = {"markers": setting.markers, "max_new_tokens": setting.max_new_tokens, "loops": 0.0}
-    sought = search.run(
-        policy,
-        direction,
-        positive,
-        negative,
-        writers=found,
-        journal=journal,
-        trials=trials,
-        startup=startup,
-        seed=seed,
-        say=say,
-        **options,
-    )
-    whole = [trial for trial in sought.trials if not trial.pruned]
-    points = [Point(done[f"trial {t.number}"], 0.0, t.scores[1], t.scores[0]) for t in whole]
-    return sorted(points)
+    options |= {"writers": found, "journal": journal, "trials": trials, "startup": startup, "seed": seed, "say": say}
+    with suppress(KeyboardInterrupt):
+        search.run(policy, direction, positive, negative, **options)
+    return points()
 
 
 # ------------------------------------------------------------------ what came of it
@@ -286,12 +292,14 @@ def report(
     front = best(theirs)
     end = theirs[-1].at_s
     times = [time_to(points, front, a.prompts) for points in searches]
-    rows: list[tuple[str, ...]] = [("to a front", "trials", "seconds", "hypervolume", "as good after", "theirs : ours")]
+    rows: list[tuple[str, ...]] = [
+        ("to a front", "whole trials", "seconds", "hypervolume", "as good after", "theirs : ours")
+    ]
     volume = lambda points: f"{hypervolume([(p.kl, p.rate) for p in points], (1.0, 1.0)):.3f}"  # noqa: E731
     rows.append(("heretic", str(len(theirs)), f"{end:.1f}", volume(theirs), "", ""))
     for seed, points, took in zip(a.seeds.split(","), searches, times, strict=True):
         when = ("never", "") if took is None else (f"{took:.1f}", f"{end / took:.2f}")
-        rows.append((f"mlx-realign, seed {seed}", str(a.trials), f"{points[-1].at_s:.1f}", volume(points), *when))
+        rows.append((f"mlx-realign, seed {seed}", str(len(points)), f"{points[-1].at_s:.1f}", volume(points), *when))
     print(launch.table(rows), end="\n\n")
     for name, points in (
         ("heretic", front),

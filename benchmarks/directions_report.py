@@ -15,6 +15,7 @@ import json
 import random
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
@@ -44,7 +45,12 @@ THINGS = 34  # errands, and topics, of the train side; the others are held out
 SIDES = {"train": 128, "test": 64}  # prompts of each set
 HELD_OUT = 0.05  # of the train side, which `ablate` measures on
 PLAIN = 24  # held-out topics by which the ablated model is judged
-OPTIONS: dict[str, Any] = {"position": "last", "search": True, "trials": 40}  # of `mlx-realign ablate`
+OPTIONS: dict[str, Any] = {
+    "position": "last",
+    "search": True,
+    "trials": 40,
+    "pick": "lowest",
+}  # of `mlx-realign ablate`
 MODELS: dict[str, Literal[4] | None] = {"float32": None, "4-bit": 4}
 
 Row = dict[str, Any]
@@ -210,23 +216,24 @@ def told(line: str) -> None:
 
 
 def study(model: Path, name: str, sets: Row, sizes: Sizes, work: Path, options: Row) -> Row:
-    """Everything of one model, kept in work/NAME.json and, its replies, work/NAME-*.jsonl."""
-    kept = work / f"{name}.json"
-    if kept.exists():
-        return json.loads(kept.read_text(encoding="utf-8"))
+    """Everything of one model, kept in work/NAME-*.json and, its replies, work/NAME-*.jsonl."""
     told(name)
-    start = time.perf_counter()
+    adapter = work / f"{name}-adapter"
     policy = Policy.load(str(model), quantize=MODELS[name])
-    found: Row = {}
-    found["steering"], replies = steered(policy, sets, sizes, work / f"{name}.safetensors")
-    write_rows(work / f"{name}-steered.jsonl", replies)
+
+    def kept(part: str, make: Callable[[], tuple[Row, list[Row]]]) -> Row:
+        file = work / f"{name}-{part}.json"
+        if not file.exists():
+            facts, replies = make()
+            write_rows(work / f"{name}-{part}.jsonl", replies)
+            file.write_text(json.dumps(facts) + "\n", encoding="utf-8")
+        return json.loads(file.read_text(encoding="utf-8"))
+
+    found = {"steering": kept("steered", lambda: steered(policy, sets, sizes, work / f"{name}.safetensors"))}
     block = found["steering"]["blocks"][0]
-    found["ablation"], replies = ablated(policy, sets, sizes, options, work / f"{name}-adapter", block)
-    write_rows(work / f"{name}-ablated.jsonl", replies)
+    found["ablation"] = kept("ablated", lambda: ablated(policy, sets, sizes, options, adapter, block))
     if MODELS[name]:
-        found["packed"] = packed(model, work / f"{name}-adapter", policy, sets, sizes)
-    found["seconds"] = time.perf_counter() - start
-    kept.write_text(json.dumps(found) + "\n", encoding="utf-8")
+        found["packed"] = kept("packed", lambda: (packed(model, adapter, policy, sets, sizes), []))
     return found
 
 

@@ -36,10 +36,15 @@ ablated, **{q_steered}** steered.
   (`--quantize 4 --cpu-dequantize never`) with this adapter, next-token log-probs of {packed} errands differ by
   {packed_difference:.2g} nats at most and {packed_same} of {packed} first tokens are the same. The
   float32 model is what `smollm2.py` builds, from weights that were of 4 bits (Q4_1) before: this quantises them again.
-- **Took** {minutes:.0f} minutes in all on {cores} cores ({processor}). One run, one choice of prompts.
+- **One run**, one choice of prompts, on {cores} cores ({processor}).
 
 ```sh
-python benchmarks/directions_report.py --work work     # all of this page; below, its parts by the commands
+python benchmarks/directions_report.py --work work
+```
+
+makes all of this page, and its parts are these commands:
+
+```text
 mlx-realign ablate --model MODEL --positive work/errands-train.txt --negative work/topics-train.txt \\
     --markers work/markers.txt {options} --output apology-off
 mlx-realign steer extract --model MODEL --positive work/errands-train.txt --negative work/topics-train.txt \\
@@ -118,6 +123,8 @@ LIMITS = """- The behaviour is counted by its words. What the model says instead
   errands, and without the apology it pretends to, or says something else. The samples show it.
 - A steered reply apologises and is seldom an answer to what was asked: the direction holds "this is an errand" too,
   not only the apology.
+- Quantised a second time, the model loops in one reply of eight before any edit, and 40 trials found no edit that takes
+  its apologies away as well as those of the float32 model.
 - {model} is a small model; of larger ones nothing is said here."""
 
 
@@ -167,7 +174,6 @@ def page(result: Row, ablated: list[Row], steered: list[Row]) -> str:
         packed=packed["prompts"],
         packed_difference=packed["largest_logp_difference"],
         packed_same=packed["same_first_token"],
-        minutes=sum(m["seconds"] for m in (one, other)) / 60,
         processor=result["machine"]["processor"],
         cores=result["machine"]["cores"],
         options=options,
@@ -189,6 +195,9 @@ def page(result: Row, ablated: list[Row], steered: list[Row]) -> str:
     )
 
 
+PICKS = {"knee": "the knee of the front", "lowest": "the one that left the fewest apologies (at the least KL)"}
+
+
 def edited(one: Row, other: Row) -> str:
     """Which matrices lose what, and who chose that."""
     if not one["kernel"]:
@@ -196,7 +205,7 @@ def edited(one: Row, other: Row) -> str:
     trials, select = one["options"]["trials"], one["select"][0]
     told = [
         f"A search chose the edit: {trials} trials on {select} other errands and topics of the train side; taken is "
-        "the knee of the front (markers against the KL of the first token)."
+        f"{PICKS[one['options'].get('pick', 'knee')]}."
     ]
     for name, study in (("float32", one), ("4-bit", other)):
         kernel, edits = study["kernel"], study["edits"]
@@ -287,14 +296,16 @@ def plots(result: Row, report: Path) -> None:
 
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     axes: Any = figure.subplots(1, 2)
-    for name, study in result["models"].items():
+    for color, (name, study) in zip(("tab:blue", "tab:orange"), result["models"].items(), strict=True):
         ways = study["steering"]["ways"][:-1]
         at = [way["coefficient"] for way in ways]
         shares = [way["apologises"] for way in ways]
-        axes[0].plot(at, [100 * one["value"] for one in shares], marker="o", label=name)
-        axes[0].fill_between(at, *([100 * one[end] for one in shares] for end in ("low", "high")), alpha=0.15)
-        axes[0].plot(at, [100 * way["broken"]["value"] for way in ways], linestyle=":", label=f"{name}, broken")
-        axes[1].plot(at, [way["kl_p95"] for way in ways], marker="o", label=name)
+        ends = ([100 * one[end] for one in shares] for end in ("low", "high"))
+        broken = [100 * way["broken"]["value"] for way in ways]
+        axes[0].plot(at, [100 * one["value"] for one in shares], color=color, marker="o", label=name)
+        axes[0].fill_between(at, *ends, color=color, alpha=0.15, linewidth=0)
+        axes[0].plot(at, broken, color=color, linestyle=":", label=f"{name}, broken")
+        axes[1].plot(at, [way["kl_p95"] for way in ways], color=color, marker="o", label=name)
     prompt = result["models"]["float32"]["steering"]["ways"][-1]["apologises"]["value"]
     axes[0].axhline(100 * prompt, color="grey", linewidth=0.8, linestyle="--", label="prompt only")
     axes[0].set_title("held-out topics that it apologises for, %", fontsize=10)

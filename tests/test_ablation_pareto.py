@@ -55,13 +55,14 @@ def test_best_kl_is_taken_among_rates_that_50_prompts_cannot_tell_from_the_lowes
     # 0 of 50: Wilson's upper bound is 3.84 / 53.84 = 0.0713; 3 of 50 is inside, 4 of 50 not.
     some = trials((0.0, 0.9), (0.06, 0.3), (0.08, 0.1))
     assert choose("best-kl", some, scorers).number == 1
+    assert choose("lowest", some, scorers).number == 0
 
 
 def test_a_number_takes_that_trial_also_off_the_front(scorers: list[Scorer]):
     some = trials((0.0, 0.9), (0.5, 0.95), (0.6, 0.99), pruned=(2,))
     assert choose("1", some, scorers).number == 1
     for wrong in ("7", "2", "best"):
-        with pytest.raises(UserError, match=rf"--pick {wrong}: expected knee, best-kl or the number .*\(best: 0\)"):
+        with pytest.raises(UserError, match=rf"--pick {wrong}: expected knee, best-kl, lowest or .*\(best: 0\)"):
             choose(wrong, some, scorers)
     with pytest.raises(UserError, match="no trial was finished"):
         choose("knee", [], scorers)

@@ -68,5 +68,5 @@ def test_a_journal_is_read_without_what_was_cut_off(tmp_path: Path):
     ]
     (tmp_path / "study.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     assert ablation.journal_of(tmp_path / "study.jsonl") == [
-        {"start": 0.0, "end": 30.5, "attributes": {"refusals": 3, "kl_divergence": 0.25}}
+        {"number": 0, "start": 0.0, "end": 30.5, "attributes": {"refusals": 3, "kl_divergence": 0.25}}
     ]

@@ -102,7 +102,7 @@ def provide(command: Command, model: Path) -> None:
     own = [name.split(":")[0] for word in words for name in word.split(",")]
     for maker in COMMANDS:
         above = maker.page == command.page and maker.line < command.line
-        makes = maker.words[1:2] == ["data"] or maker.words[1:3] == ["steer", "extract"]
+        makes = maker.words[1:2] == ["data"] or maker.words[1:3] in (["steer", "extract"], ["steer", "condition"])
         if above and makes and "--output" in maker.words:
             made = maker.words[maker.words.index("--output") + 1]
             if made in own and not Path(made).exists():

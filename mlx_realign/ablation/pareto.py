@@ -47,17 +47,22 @@ def choose(way: str, trials: Sequence[Trial], scorers: Sequence[Scorer]) -> Tria
 
     knee: of the front, the one with the smallest sum of scores, each scaled to 0 to 1 over the front (a KL and a
     perplexity by their logarithms): furthest from the chord between the ends. best-kl: the lowest second score among
-    those whose first lies within the 95% interval of the lowest. A number: that trial. UserError where there is none.
+    those whose first lies within the 95% interval of the lowest. lowest: the lowest first score. A number: that trial.
+    UserError where there is none.
     """
     best = front(trials, scorers)
-    if way not in ("knee", "best-kl"):
+    if way not in ("knee", "best-kl", "lowest"):
         chosen = next((t for t in trials if str(t.number) == way and not t.pruned), None)
         if chosen is None:
             numbers = ", ".join(str(t.number) for t in best)
-            raise UserError(f"--pick {way}: expected knee, best-kl or the number of a whole trial (best: {numbers}).")
+            raise UserError(
+                f"--pick {way}: expected knee, best-kl, lowest or a whole trial's number (best: {numbers})."
+            )
         return chosen
     if not best:
         raise UserError(f"--pick {way}: no trial was finished. Let the search go on with more --trials.")
+    if way == "lowest":
+        return best[0]
     if way == "best-kl":
         first, ceiling = scorers[0], best[0].scores[0]
         if isinstance(first, Asked):

@@ -198,14 +198,12 @@ class _Search:
         One waits while another is no worse in all that is known of both, and hardly fails: when that is whole, this one
         most likely need not be judged at all.
         """
-        known = {i: scorer for i, scorer in enumerate(self.scorers) if i in self.give}
 
         def ahead(other: Attempt, own: Attempt) -> bool:
-            promising = other.asked is not None and other.generating
-            promising = promising and all(other.bound(self.scorers)[i] <= PROMISING for i in self.ask)
-            return promising and all(
-                max(other.scores[i], scorer.finest) <= max(own.scores[i], scorer.finest) for i, scorer in known.items()
-            )
+            if other.asked is None or not other.generating or not self.give:
+                return False
+            one, two = (coarse(attempt.bound(self.scorers), self.scorers) for attempt in (other, own))
+            return all(one[i] <= PROMISING for i in self.ask) and all(one[i] <= two[i] for i in self.give)
 
         for attempt in under_way:
             if attempt.generating or any(ahead(other, attempt) for other in under_way):

@@ -74,7 +74,7 @@ class Settings:
     scorers: tuple[str, ...] = ("markers", "kl")
     """What the search makes small: markers, kl, kl:8, perplexity:FILE, accuracy:FILE:VERIFIER, path.py:function."""
     pick: str = "knee"
-    """Which trial of the front: knee, best-kl, or its number."""
+    """Which trial of the front: knee, best-kl, lowest (the first score), or its number."""
     journal: str | None = None
     """File that a search goes on from; default: OUTPUT.search.jsonl beside the output."""
     max_new_tokens: int = 100
@@ -173,8 +173,8 @@ def _clashes(settings: Settings) -> None:
     searching = {name: getattr(settings, name) for name in ("trials", "scorers", "pick", "journal")}
     if not settings.search and (idle := [n for n, value in searching.items() if value != getattr(Settings, n)]):
         raise UserError(f"--{idle[0]} is for --search: add it, or leave --{idle[0]} off.")
-    if settings.pick not in ("knee", "best-kl") and not settings.pick.isdecimal():
-        raise UserError(f"--pick {settings.pick}: expected knee, best-kl or the number of a trial.")
+    if settings.pick not in ("knee", "best-kl", "lowest") and not settings.pick.isdecimal():
+        raise UserError(f"--pick {settings.pick}: expected knee, best-kl, lowest or the number of a trial.")
     if settings.search and settings.variant == "biprojected":
         raise UserError("--search looks for one direction, the same in all blocks: use --variant projected with it.")
     if settings.fuse and settings.quantize:
