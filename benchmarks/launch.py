@@ -4,6 +4,7 @@ its parent's, so the process that starts them has to stay small."""
 
 import json
 import os
+import resource
 import statistics
 import subprocess
 import sys
@@ -65,7 +66,12 @@ def run(command: Sequence[str | Path], environment: dict[str, str] | None = None
             tail = "\n".join((text + err.read()).splitlines()[-15:])
             why = f"ended with {child.returncode}: {tail.splitlines()[-1] if tail else ''}"
             raise Failed(f"{' '.join(map(str, command))}\n{tail}\n{why}")
-    return text, wall, usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
+    return text, wall, peak_gb(usage)
+
+
+def peak_gb(usage: resource.struct_rusage) -> float:
+    """Largest resident set in GB of 1e9 bytes: macOS counts bytes, Linux KiB."""
+    return usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
 
 
 def last_json(text: str) -> dict[str, Any]:

@@ -3,9 +3,12 @@
 
     python benchmarks/steering.py --model MODEL [--batch 1,8] [--pairs 50] [--steer add-1,add-all]
 
-A pair is one run of --tokens decode steps without steering and one with it, which of them first changing from pair to
-pair; prompts are computed before the clock starts, and the first two steps are not timed. The cost is 1 - tokens/s with
-: tokens/s without, of each pair; the table gives its mean over pairs and the bounds of its 95% interval (Student's t).
+A pair is --tokens decode steps without steering and as many with it, of two batches of the same prompt, step by step
+in turn, so that a machine that slows down slows both; which is first changes from step to step, and from pair to pair
+which gets its memory first. Prompts are computed before the clock starts, and the first two steps are not timed.
+Steering is put on while the clock stands, and before a step without it put on and taken off, so that what comes before
+a step is alike. The cost is 1 - tokens/s with : tokens/s without, of each pair; the table gives its mean over pairs and
+the bounds of its 95% interval (Student's t).
 Vectors are random, a thousandth of the stream's size: what is timed is arithmetic, whose time does not depend on them.
 Operations are counted in MLX's graph of one step, views and reshapes included.
 """
@@ -80,14 +83,22 @@ def decoder(policy: Policy, rows: int, tokens: int, variants: bool) -> Decoder:
     return made
 
 
-def run(policy: Policy, rows: int, tokens: int, put: Kind | None) -> float:
-    """Seconds of `tokens` decode steps."""
-    with put(policy, rows) if put else nullcontext():
-        ready = decoder(policy, rows, tokens, variants=put is not None)
-        start = time.perf_counter()
-        for _ in range(tokens):
-            ready.step()
-        return time.perf_counter() - start
+def pair(policy: Policy, rows: int, tokens: int, put: Kind, first: bool) -> tuple[float, float]:
+    """Seconds of `tokens` decode steps without and with steering, in turn."""
+    ready, seconds = {}, {False: 0.0, True: 0.0}
+    for steered in (first, not first):
+        with put(policy, rows) if steered else nullcontext():
+            ready[steered] = decoder(policy, rows, tokens, variants=steered)
+    for step in range(tokens):
+        for steered in (first, not first) if step % 2 else (not first, first):
+            on = put(policy, rows)
+            if not steered:
+                on.remove()
+            start = time.perf_counter()
+            ready[steered].step()
+            seconds[steered] += time.perf_counter() - start
+            on.remove()
+    return seconds[False], seconds[True]
 
 
 def operations(policy: Policy, rows: int, put: Kind | None) -> Counter[str]:
@@ -103,20 +114,15 @@ def operations(policy: Policy, rows: int, put: Kind | None) -> Counter[str]:
 
 def compare(policy: Policy, rows: int, tokens: int, put: Kind, pairs: int) -> dict[str, Any]:
     """Tokens per second of both, and the cost with its interval."""
-    seconds: dict[bool, list[float]] = {False: [], True: []}
-    run(policy, rows, tokens, put)
-    for pair in range(pairs):
-        for steered in (False, True) if pair % 2 else (True, False):
-            seconds[steered].append(run(policy, rows, tokens, put if steered else None))
-    costs = [1 - base / other for base, other in zip(seconds[False], seconds[True], strict=True)]
+    pair(policy, rows, tokens, put, first=True)
+    seconds = [pair(policy, rows, tokens, put, first=number % 2 == 0) for number in range(pairs)]
+    costs = [1 - base / steered for base, steered in seconds]
     mean = statistics.mean(costs)
     near = min(T_95, key=lambda freedom: abs(freedom - (pairs - 1)))
     half = T_95[near] * statistics.stdev(costs) / math.sqrt(pairs)
-    rates = {
-        name: rows * tokens / statistics.median(seconds[key]) for name, key in (("base", False), ("steered", True))
-    }
+    rates = [rows * tokens / statistics.median(each) for each in zip(*seconds, strict=True)]
     return {
-        **{f"{name}_tokens_per_second": round(rate, 2) for name, rate in rates.items()},
+        **{f"{name}_tokens_per_second": round(r, 2) for name, r in zip(("base", "steered"), rates, strict=True)},
         **{"cost": round(mean, 5), "low": round(mean - half, 5), "high": round(mean + half, 5)},
         "median_cost": round(statistics.median(costs), 5),
         "pairs": pairs,

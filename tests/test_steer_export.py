@@ -18,7 +18,7 @@ from steer_tools import refused, run
 from mlx_realign import capture, fingerprint, vectors
 from mlx_realign.data import encode_prompt
 from mlx_realign.policy import Policy
-from mlx_realign.steering import Condition, Schedule, Steer, steer
+from mlx_realign.steering import Condition, Schedule, Steer, export, steer
 from mlx_realign.steering.export import why_not
 from mlx_realign.vectors import About, Direction
 
@@ -172,6 +172,25 @@ def test_gguf_is_read_back_as_what_was_steered_with(tmp_path, capsys):
     assert again.blocks == [1] and np.allclose(again.vectors[1], 3 * vectors.load(path).vectors[1])
     words = ("--steer", tmp_path / "d.gguf", "--to", "mlx-lm", "--output", tmp_path / "out")
     assert "mlp_bias" in run(capsys, "export", *words)
+
+
+@pytest.mark.parametrize(("to", "output", "broken"), [("gguf", "d.gguf", "steer"), ("mlx-lm", "out", "bias_folder")])
+def test_an_export_that_does_something_else_is_gone_again(tmp_path, capsys, monkeypatch, to, output, broken):
+    path = write_direction(
+        tmp_path / "d.safetensors", Policy.load(str(write_folder(tmp_path / "model", "llama"))), [0, 1]
+    )
+    right = getattr(export, broken)
+
+    def wrong(policy: Policy, what: Any, *rest: Any, **flags: Any) -> Any:
+        """What is read back, or what becomes a bias, twice as long."""
+        if broken == "bias_folder":
+            return right(policy, {block: 2 * vector for block, vector in what.items()}, *rest, **flags)
+        return right(policy, Steer(what, 2.0) if isinstance(what, Direction) else what)
+
+    monkeypatch.setattr(export, broken, wrong)
+    told = refused(capsys, "export", "--steer", path, "--blocks", "1", "--to", to, "--output", tmp_path / output)
+    assert "does not run as it should, and is gone again: largest difference" in told and "\n" not in told
+    assert not (tmp_path / output).exists()
 
 
 def test_what_is_no_constant_is_refused_with_its_reason():

@@ -155,7 +155,7 @@ SAME = [  # value, expected, equal as JSON, equal as Python
 ]
 
 
-@pytest.mark.parametrize(("value", "expected", "as_json", "as_python"), SAME, ids=repr)
+@pytest.mark.parametrize(("value", "expected", "as_json", "as_python"), SAME, ids=lambda x: repr(x).split(" at ")[0])
 def test_values_are_compared_outside_by_what_they_are(value: object, expected: object, as_json: bool, as_python: bool):
     sent = json.loads(sandbox_child.encode(value, [1000]))
     try:

@@ -224,7 +224,7 @@ class Steering:
                 h = self._plain(slot, block, h, now) if slot.plain else self._apply(slot, block, h, now)
             return h
 
-        return tap
+        return tap if block == self.blocks[0] else taps.anywhere(tap)
 
     def _begin(self, h: mx.array, place: Place) -> Pass:
         wide = next(one.direction.width for one in self.slots[0].steers if one)

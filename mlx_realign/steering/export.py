@@ -12,7 +12,8 @@ direction. Every export is run and held against the steered model before it is c
 """
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -89,7 +90,7 @@ def export(policy: Policy, steers: Sequence[Steer], settings: Settings) -> list[
         )
     else:
         baked = bias_folder(policy, added, output, trust_remote_code=settings.trust_remote_code, copy=settings.copy)
-    try:
+    with gone_if_wrong(output):
         loaded = Policy.load(
             baked.model,
             adapter=baked.adapter,
@@ -99,11 +100,6 @@ def export(policy: Policy, steers: Sequence[Steer], settings: Settings) -> list[
             trust_remote_code=settings.trust_remote_code,
         )
         told = verified(loaded, expected, effect)
-    except UserError as error:
-        shutil.rmtree(output)
-        raise UserError(
-            f"--to mlx-lm: what was written does not run as it should, and is gone again: {error}"
-        ) from error
     return [*baked.told, told, f"run it: {run_line(baked)}"]
 
 
@@ -155,11 +151,22 @@ def gguf(policy: Policy, added: dict[int, np.ndarray], output: Path, expected: m
         base_hash=fingerprint.base(policy.model),
     )
     written = gguf_vectors.write(Direction(added, about), output, model_type=str(policy.config.get("model_type", "")))
-    again = vectors.load(output, policy=policy)
-    with steer(policy, again):
+    with gone_if_wrong(output), steer(policy, vectors.load(output, policy=policy)):
         told = verified(policy, expected, effect)
     blocks = vectors.spans(written)
     return [f"wrote {output}: blocks {blocks}", told, f"run it: llama-cli --control-vector {output}"]
+
+
+@contextmanager
+def gone_if_wrong(output: Path) -> Iterator[None]:
+    """Removes what was written where it cannot be loaded or does something else."""
+    try:
+        yield
+    except UserError as error:
+        shutil.rmtree(output) if output.is_dir() else output.unlink()
+        raise UserError(
+            f"--output {output}: what was written does not run as it should, and is gone again: {error}"
+        ) from error
 
 
 def verified(policy: Policy, expected: mx.array, effect: float) -> str:

@@ -6,12 +6,14 @@ import difflib
 import importlib.util
 from functools import lru_cache
 from pathlib import Path
+from threading import Lock
 from typing import Any, NamedTuple
 
 from ..errors import UserError
 
 FOLDER = Path(__file__).parent
 TIMEOUT_S, COST_S = 5.0, 0.05  # of a verifier that does not say
+_PARSER = Lock()  # CPython 3.11's ast.parse counts its depth for all threads together and fails where two parse at once
 
 
 class Verdict(NamedTuple):
@@ -88,9 +90,12 @@ def _names() -> tuple[str, ...]:
     return tuple(path.stem for path in paths if "\ndef verify(" in path.read_text(encoding="utf-8"))
 
 
-@lru_cache(maxsize=64)
-def _tree(path: Path) -> ast.Module:
-    return ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
+def _parse(path: Path) -> ast.Module:
+    with _PARSER:
+        return ast.parse(path.read_bytes(), filename=str(path))
+
+
+_tree = lru_cache(maxsize=64)(_parse)  # of our own files, which do not change
 
 
 def _own(spec: str) -> Verifier:
@@ -102,7 +107,7 @@ def _own(spec: str) -> Verifier:
     if not path.is_file():
         raise UserError(f"--verifier {spec}: there is no file {path}")
     try:
-        tree = ast.parse(path.read_bytes(), filename=str(path))
+        tree = _parse(path)
     except (SyntaxError, ValueError) as error:
         raise UserError(f"--verifier {spec}: {path} is not Python: {error}") from error
     _require_function(spec, path, tree, function)
