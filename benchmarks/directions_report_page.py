@@ -118,6 +118,8 @@ Last prompt token, {fit} prompts each, each half measured along the mean differe
 
 SEARCH_PLOT = """
 ![trials of the search, float32](directions-report/search-float32.png)
+
+The same on 4 bits: [search-4-bit.png](directions-report/search-4-bit.png).
 """
 LIMITS = """- The behaviour is counted by its words. What the model says instead of an apology is no help: it cannot run
   errands, and without the apology it pretends to, or says something else. The samples show it.

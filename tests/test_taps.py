@@ -42,6 +42,23 @@ def test_a_tap_sees_what_the_next_block_reads_and_leaves_no_trace(arch):
     assert mx.array_equal(model(TOKENS), before) and [type(m) for m in model.modules()] == classes
 
 
+def test_a_tap_that_looks_at_its_place_gets_it_beside_one_that_does_not():
+    model = make_model("llama")
+    cache, starts = make_prompt_cache(model), []
+    path = taps.blocks(model)[1]
+    taps.put(model, path, taps.anywhere(lambda x, place: (starts.append(place.start), x)[1]))
+    model(TOKENS, cache=cache)
+    model(TOKENS, cache=cache)
+    assert starts == [0, 0]  # alone it is told nothing
+    looking = taps.put(model, path, lambda x, place: (starts.append(place.start), x)[1])
+    model(TOKENS, cache=cache)
+    assert starts[2:] == [12, 12]
+    looking.remove()
+    taps.put(model, f"{path}.mlp", lambda x, place: (starts.append(place.start), x)[1])
+    model(TOKENS, cache=cache)
+    assert starts[4] == 18  # a layer inside gets it from the block
+
+
 def test_two_taps_on_one_block_are_called_in_order_and_removed_in_any():
     model, block = make_model("llama"), "model.layers.1"
     calls: list[str] = []
