@@ -152,6 +152,7 @@ def run_heretic(
 
 
 MODULES = {"attention": "attn.o_proj", "mlp": "mlp.down_proj"}
+DATES = {"start": "datetime_start", "end": "datetime_complete"}
 PARTS = ("max_weight", "max_weight_position", "min_weight", "min_weight_distance")
 
 
@@ -161,11 +162,12 @@ def journal_of(path: Path) -> list[dict[str, Any]]:
     for line in path.read_text().splitlines():
         entry = json.loads(line)
         if entry["op_code"] == 4:
-            trials.append({"number": len(trials), "start": stamp(entry["datetime_start"]), "attributes": {}})
+            trials.append({"number": len(trials), "attributes": entry.get("user_attrs") or {}})
         elif entry["op_code"] == 8:
             trials[entry["trial_id"]]["attributes"] |= entry["user_attr"]
-        elif entry["op_code"] == 6 and entry.get("datetime_complete"):
-            trials[entry["trial_id"]]["end"] = stamp(entry["datetime_complete"])
+        if entry["op_code"] in (4, 6):
+            own = trials[entry.get("trial_id", -1)]
+            own |= {key: stamp(entry[name]) for key, name in DATES.items() if entry.get(name)}
     first = trials[0]["start"]
     whole = [trial for trial in trials if "end" in trial]
     return [trial | {"start": trial["start"] - first, "end": trial["end"] - first} for trial in whole]

@@ -4,11 +4,13 @@
 python docs/tables.py            (writes)
 python docs/tables.py --check    (exit code 1 when a table is not what the data says)
 
-Numbers are the last line that `benchmarks/peers.py` prints, saved as benchmarks/baselines/peers-<machine>.json, and the
-lines of `mlx-realign demo --json`, saved as benchmarks/baselines/demo-<machine>.jsonl.
+Numbers are the last line that `benchmarks/peers.py` prints, saved as benchmarks/baselines/peers-<machine>.json, the
+lines of `mlx-realign demo --json`, saved as benchmarks/baselines/demo-<machine>.jsonl, and the last lines of
+`benchmarks/ablation.py` and `benchmarks/extraction.py`, saved as benchmarks/baselines/directions-<machine>.jsonl.
 """
 
 import json
+import statistics
 import sys
 import tomllib
 from pathlib import Path
@@ -81,12 +83,37 @@ def demo(results: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def directions(search: dict[str, Any], extraction: dict[str, Any]) -> str:
+    """The search for an ablation beside Heretic's, and directions from prompts beside repeng's."""
+    lines = [row("directions", "ours", "theirs", "theirs : ours"), row(*["---"] * 4)]
+    token, heretic = search["per_token"], f"Heretic {search['versions']['heretic']}"
+    ours, theirs = 1e3 * token["s_per_token"], 1e3 * token["heretic_s"]
+    told = "ms of a generated token, trials of an ablation"
+    lines.append(row(told, f"{ours:.2f}", f"{theirs:.2f}, {heretic}", f"{theirs / ours:.2f}x"))
+    if all(took := search["as_good_after_s"]):
+        end, typical = search["heretic"][-1][0], statistics.median(took)
+        told = f"seconds to a front as good as that of {len(search['heretic'])} of its trials"
+        spread = f"{end / max(took):.1f}x to {end / min(took):.1f}x, {len(took)} seeds"
+        lines.append(row(told, f"{typical:.0f}", f"{end:.0f}, {heretic}", f"{end / typical:.2f}x ({spread})"))
+    (_, mine), (peer, others) = extraction["runs"].items()
+    seconds = [statistics.median(run["seconds"] for run in runs) for runs in (mine, others)]
+    memory = [max(run["maxrss_gb"] for run in runs) for runs in (mine, others)]
+    cells = [f"{s:.1f} ({gb:.2f} GB)" for s, gb in zip(seconds, memory, strict=True)]
+    ratio = statistics.median(run["ratio"] for run in others)
+    told = f"seconds for every block's direction, {extraction['pairs']} + {extraction['pairs']} prompts"
+    lines.append(row(told, cells[0], f"{cells[1]}, {peer}", f"{ratio:.2f}x"))
+    again = "The same model and cores. Again: `benchmarks/ablation.py`, `benchmarks/extraction.py`."
+    return "\n".join([*lines, "", again])
+
+
 def numbers(folder: Path = BASELINES) -> str:
     """Every table of measured numbers there are data for."""
     tables = []
     for path in sorted(folder.glob("demo-*.jsonl")):
         tables.append(demo([json.loads(line) for line in path.read_text().splitlines() if line.strip()]))
     tables += [peers(json.loads(path.read_text())) for path in sorted(folder.glob("peers-*.json"))]
+    for path in sorted(folder.glob("directions-*.jsonl")):
+        tables.append(directions(*(json.loads(line) for line in path.read_text().splitlines())))
     return "\n\n".join(tables)
 
 

@@ -93,7 +93,7 @@ def best(separations: Sequence[Separation]) -> int:
     Late blocks separate well, by the token that comes next; what acts there comes too late to change the answer.
     """
     depth = max(s.block for s in separations) + 1
-    early = [s for s in separations if 0 <= s.block < EARLY * depth] or list(separations)
+    early = [s for s in separations if 0 <= s.block < min(EARLY * depth, depth - 1)] or list(separations)
     key = lambda s: (-math.inf if math.isnan(s.d_prime) else s.d_prime, s.share)  # noqa: E731
     return max(early, key=key).block
 

@@ -44,6 +44,23 @@ def test_below_a_hundredth_of_a_nat_a_lower_kl_buys_nothing(scorers: list[Scorer
     assert [trial.number for trial in front(some, scorers)] == [1]
 
 
+def test_gaps_of_the_front_are_filled_from_their_dear_ends_the_widest_first(scorers: list[Scorer]):
+    """Strengths by hand: KL grows with strength^1.7. Unedited: 98% at a KL of 0."""
+    one = trials((0.0, 0.04), (0.5, 0.1))
+    [(trial, times)] = pareto.weaker(one, scorers, (0.98, 0.0))
+    assert trial is one[0] and 0.04 * times**1.7 == pytest.approx(0.009), "to the finest KL, where nothing is yet"
+    # Gaps: 0.01 to 0.04 by 0.4 (area 0.55), 0.04 to 0.3 by 0.5 (1.01); of a KL below 0.01 nothing is asked.
+    some = trials((0.9, 0.002), (0.5, 0.04), (0.0, 0.3))
+    (first, up), (second, down) = pareto.weaker(some, scorers, (0.98, 0.0))
+    assert (first, second) == (some[2], some[1])
+    assert 0.3 * up**1.7 == pytest.approx((0.04 * 0.3) ** 0.5) and 0.04 * down**1.7 == pytest.approx(0.02)
+    near = trials((0.9, 0.002), (0.5, 0.015))
+    [(_, times)] = pareto.weaker(near, scorers, (0.98, 0.0))
+    assert 0.015 * times**1.7 == pytest.approx(0.009), "not much lies between"
+    assert pareto.weaker(trials((0.5, 0.04), (0.49, 0.041)), scorers, (0.5, 0.0)) == [], "nothing is to be gained"
+    assert pareto.weaker(one, scorers[:1], (0.98,)) == [], "what is not measured on given texts does not fall smoothly"
+
+
 def test_the_knee_is_where_both_are_low_on_their_own_scales(scorers: list[Scorer]):
     # Rates scaled 0 to 1: 0, 0.125, 0.5, 1; log KL from 0.01 to 1: 1, 0.5, 0.389, 0. Sums: 1, 0.625, 0.889, 1.
     some = trials((0.0, 1.0), (0.1, 0.1), (0.4, 0.06), (0.8, 0.01))

@@ -20,7 +20,9 @@ from mlx_realign.errors import UserError
 from mlx_realign.policy import Policy
 from mlx_realign.vectors import Direction
 
-pytest.importorskip("optuna")
+optuna = pytest.importorskip("optuna")
+JournalStorage = optuna.storages.JournalStorage
+JournalFileBackend = optuna.storages.journal.JournalFileBackend
 
 POSITIVE = ["Hi", "Tell me about the garden.", "Add 27 and 35.", "?", "What now", "Rain", "Go on then", "Sing"]
 NEGATIVE = ["Hello", "Bees", "What is tea?", "Name a bird."]
@@ -94,7 +96,8 @@ def test_kernels_are_drawn_inside_the_ranges(policy: Policy):
     sources = [kernel.source for kernel in drawn if kernel.source is not None]
     assert 100 < len(sources) < 300 and 12 <= min(sources) and max(sources) <= 27
     attention, mlp = ([kernel.tents[name] for kernel in drawn] for name in ("attention", "mlp"))
-    assert 0.8 <= min(t.max_weight for t in attention) and max(t.max_weight for t in attention) <= 1.5
+    assert 0.1 * 0.8 <= min(t.max_weight for t in attention) < 0.3
+    assert 1.2 < max(t.max_weight for t in attention) <= 1.5
     assert 30 < sum(t.max_weight == 0 for t in mlp) < 90, "a seventh of MLPs is left alone: 0.25 of 1.75"
     assert all(18 <= t.position <= 30 and 1 <= t.distance <= 18 and 0 <= t.min_weight <= t.max_weight for t in mlp)
 
@@ -131,7 +134,7 @@ def test_a_search_that_was_stopped_goes_on_and_repeats_nothing(run: Callable[...
     done = {line.split(":")[0] for line in first if line.startswith("trial")}
     assert len(done) == 4 and len(found.trials) == 10
     assert not done & {line.split(":")[0] for line in later} and "the unedited model" not in later
-    assert len({trial.kernel.plain()["attention"]["position"] for trial in found.trials}) == 10
+    assert len({repr(trial.kernel.plain()) for trial in found.trials}) == 10
     again = run(journal, say=later.append, pick="best-kl")
     assert told(again) == told(found) and again.tokens == 0
 
@@ -178,8 +181,8 @@ def test_three_scorers_and_a_given_start_of_the_answer(
     run: Callable[..., search.Found], tmp_path: Path, policy: Policy
 ):
     prefix = policy.tokenizer.encode("So")
-    found = run(tmp_path / "three.jsonl", trials=3, scorers=("markers", "kl", "kl:3"), prefix=tuple(prefix))
-    assert [len(trial.scores) for trial in found.trials] == [3] * 3
+    found = run(tmp_path / "three.jsonl", trials=8, scorers=("markers", "kl", "kl:3"), prefix=tuple(prefix))
+    assert [len(trial.scores) for trial in found.trials] == [3] * 8
     assert all(prompt[-len(prefix) :] == prefix for prompt in found.scorers[0].prompts)  # type: ignore[union-attr]
 
 
@@ -200,6 +203,31 @@ def test_a_model_that_shares_no_prompts_is_searched_too(model_folder: Callable[.
         **options,
     )
     assert len(found.trials) == 2 and found.tokens > 0
+
+
+def test_the_middle_comes_first_and_what_works_is_taken_again_but_weaker(
+    run: Callable[..., search.Found], tmp_path: Path, policy: Policy, direction: Direction
+):
+    found = run(tmp_path / "search.jsonl", trials=20, startup=6)
+    study = optuna.load_study(
+        study_name="ablation", storage=JournalStorage(JournalFileBackend(str(tmp_path / "search.jsonl")))
+    )
+    tried = study.get_trials(deepcopy=False)
+    assert tried[0].params == space_of(writers.find(policy), direction, 2).middle() | {"strength": 1.0}
+    assert (tried[0].params["direction"], tried[0].params["attention.max_weight"]) == ("each", pytest.approx(1.15))
+    again = [trial for trial in tried if "weaker than" in trial.user_attrs]
+    drawn = [trial for trial in tried if "weaker than" not in trial.user_attrs]
+    assert len(again) >= 2 and all(trial.params["strength"] == 1.0 for trial in drawn if trial.number < 6)
+    strengths = set()
+    for trial in again:
+        parent = tried[trial.user_attrs["weaker than"]]
+        own, others = trial.params["strength"], {k: v for k, v in trial.params.items() if k != "strength"}
+        assert 0.1 <= own < parent.params["strength"] and others.items() <= parent.params.items()
+        mine, whole = (found.trials[t.number].kernel.tents["attention"] for t in (trial, parent))
+        share = own / parent.params["strength"]
+        assert mine == pytest.approx(Tent(*(whole * np.array([share, 1, share, 1]))))
+        strengths.add((parent.number, round(own, 2)))
+    assert len(strengths) == len(again), "none is tried twice"
 
 
 def test_another_search_in_the_journal_is_refused(run: Callable[..., search.Found], tmp_path: Path):

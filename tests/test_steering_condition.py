@@ -37,13 +37,17 @@ def policy() -> Policy:
 
 def read(policy: Policy, prompts: list[list[int]], reading: str, block: int = 0) -> np.ndarray:
     """float64 [n, d]: what conditions read, prompt by prompt, without any of what they are made of."""
+    states = [read_all(policy, prompt, block) for prompt in prompts]
+    return np.stack([s[-1] if reading == "last" else s.mean(0) for s in states])
+
+
+def read_all(policy: Policy, tokens: list[int], block: int = 0) -> np.ndarray:
+    """float64 [T, d]: what a block gives at every token."""
     seen: list[mx.array] = []
     handle = taps.put(policy.model, taps.blocks(policy.model)[block], lambda h, _: (seen.append(h), h)[1])
-    for prompt in prompts:
-        mx.eval(policy.model(mx.array([prompt])))
+    mx.eval(policy.model(mx.array([tokens])))
     handle.remove()
-    states = [np.array(h[0]).astype(np.float64) for h in seen]
-    return np.stack([s[-1] if reading == "last" else s.mean(0) for s in states])
+    return np.array(seen[0][0]).astype(np.float64)
 
 
 def numpy_scores(states: np.ndarray, score: str, block: int = 0) -> np.ndarray:
@@ -115,6 +119,31 @@ def test_without_a_known_end_the_mean_is_over_what_came_in_several_tokens(policy
         pieces = [len(prompt)] if len(prompt) < 5 else [2, len(prompt) - 2]
         with steer(policy, behaviour(asked)):
             close(stock(policy, tokens, [*pieces, 1, 1]), steered if is_open else base)
+
+
+def test_on_a_second_turn_the_mean_is_over_the_prompts_of_both(policy):
+    """What was generated in between is in neither the sum nor the count."""
+    said = [31, 7]
+    for first, second in ((a, b) for a in PROMPTS for b in PROMPTS if len(a) > 1 < len(b)):
+        text = [*first, *said, *second]
+        states = read_all(policy, text)
+        prompts = np.r_[0 : len(first), len(first) + 2 : len(text)]
+        right, alone, diluted = numpy_scores(
+            np.stack([states[prompts].mean(0), states[: len(first)].mean(0), states[prompts].sum(0) / len(text)]),
+            "signed",
+        )
+        if (right - alone) * (right - diluted) > 0:  # the first turn alone leaves the gate shut, as too many would
+            break
+    else:
+        raise AssertionError("no pair of prompts tells them apart")
+    beside = min((alone, diluted), key=lambda score: abs(score - right))
+    sense: Any = "above" if right > beside else "below"
+    asked = Condition(AXIS, 0, float((right + beside) / 2), sense, "mean")
+    tokens, pieces = mx.array([[*text, 12]]), [len(first), 1, 1, len(second), 1]
+    with steer(policy, behaviour(None, positions=f"{len(text)}:")):
+        steered = policy.model(tokens)
+    with steer(policy, behaviour(asked)):
+        close(stock(policy, tokens, pieces), steered)
 
 
 def test_what_no_gate_can_be_kept_for_is_refused(policy):

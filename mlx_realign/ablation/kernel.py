@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How strongly each writer loses the direction: a tent over the blocks for attention and one for MLPs, ten numbers.
+"""How strongly each writer loses the direction: a tent over the blocks for attention and one for MLPs.
 
 The shape and the ranges that a search draws from are those of Heretic (Weidmann 2025), but for the edit itself: a
-weight w takes exactly w of the direction out of what a writer gives.
+weight w takes exactly w of the direction out of what a writer gives. And but for the strength that both tents are
+multiplied by, since half of a good kernel is often better than a whole one of another shape: eleven numbers.
 """
 
 import math
@@ -21,6 +22,8 @@ WEIGHTS = {"attention": (0.8, 1.5), "mlp": (-0.25, 1.5)}  # the highest of a ten
 POSITION = (0.6, 1.0)  # of a tent's top, as a share of the last block
 REACH = 0.6  # a tent's longest distance, as a share of the last block
 SOURCE = (0.4, 0.9)  # where a direction for all blocks is taken from, as a share of the last block
+STRENGTH = (0.1, 1.0)  # what both tents are times
+SPACE = (WEIGHTS, POSITION, REACH, SOURCE, STRENGTH)
 
 
 class Suggests(Protocol):
@@ -92,15 +95,34 @@ class Space(NamedTuple):
         ways = [*(["one"] if self.sources else []), *(["each"] if self.per_block else [])]
         way = trial.suggest_categorical("direction", ways)
         source = trial.suggest_float("source", *self.sources) if self.sources else None
-        tents = {name: self._tent(trial, name) for name in self.components}
+        strength = trial.suggest_float("strength", *STRENGTH)
+        tents = {name: self._tent(trial, name, strength) for name in self.components}
         return Kernel(tents, source if way == "one" else None)
 
-    def _tent(self, trial: Suggests, name: Component) -> Tent:
-        most = max(0.0, trial.suggest_float(f"{name}.max_weight", *WEIGHTS[name]))
+    def middle(self) -> dict[str, Any]:
+        """What `draw` asks for, in the middle of its range; each block its own direction, where it can be."""
+        asked = _Middle({})
+        self.draw(asked)
+        return asked.params
+
+    def _tent(self, trial: Suggests, name: Component, strength: float) -> Tent:
+        most = strength * max(0.0, trial.suggest_float(f"{name}.max_weight", *WEIGHTS[name]))
         position = trial.suggest_float(f"{name}.position", POSITION[0] * self.last, POSITION[1] * self.last)
         least = most * trial.suggest_float(f"{name}.min_share", 0.0, 1.0)
         distance = trial.suggest_float(f"{name}.distance", 1.0, max(1.0, REACH * self.last))
         return Tent(most, position, least, distance)
+
+
+class _Middle(NamedTuple):
+    """Gives the middle of what is asked for, and keeps it."""
+
+    params: dict[str, Any]
+
+    def suggest_float(self, name: str, low: float, high: float) -> float:
+        return self.params.setdefault(name, (low + high) / 2)
+
+    def suggest_categorical(self, name: str, choices: Sequence[Any]) -> Any:
+        return self.params.setdefault(name, choices[-1])
 
 
 def space_of(writers: Sequence[Writer], direction: Direction, blocks: int) -> Space:

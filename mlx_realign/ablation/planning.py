@@ -17,7 +17,7 @@ from . import edit, select, tryout
 from .edit import Edit
 from .extraction import MEAN, Extracted, Position, Sets
 from .scorers import plain
-from .settings import Settings, markers_of, weight_of
+from .settings import Settings, markers_of, most_kl, weight_of
 
 GLOBALS, MEANS = 3, 2  # candidates of one block that go on to completions, and those of completions' means among them
 FIRST_TOKENS = 32  # of completions by which it is told whether they show the behaviour
@@ -97,7 +97,7 @@ def sources(extracted: Extracted, sets: Sets, writers: list[Writer], settings: S
         raise UserError("both sets give the same states there: the prompts do not differ where they are read.")
     asked = prompts(extracted, sets, settings)
     tokens = first_tokens(extracted, asked, settings)
-    return select.choose(extracted.policy, writers, found, *asked, tokens=tokens, max_kl=settings.max_kl)
+    return select.choose(extracted.policy, writers, found, *asked, tokens=tokens, max_kl=most_kl(settings))
 
 
 def prompts(extracted: Extracted, sets: Sets, settings: Settings) -> list[list[list[int]]]:
@@ -137,7 +137,7 @@ def by_completions(
         *prompts(extracted, sets, settings),
         markers=markers_of(settings),
         weight=weight_of(settings),
-        max_kl=settings.max_kl,
+        max_kl=most_kl(settings),
         max_new_tokens=min(64, settings.max_new_tokens),
         share=shares(settings),
         say=say,
@@ -150,9 +150,9 @@ def by_completions(
         return None
     plan.tables.append(tryout.table(tried, best))
     plan.facts["tried"] = tryout.plain_values(tried)
-    if not best.gone or best.kl > settings.max_kl:
+    if not best.gone or best.kl > most_kl(settings):
         plan.lines.append(
-            f"no candidate takes the behaviour away within --max-kl {settings.max_kl:g}: the best leaves "
+            f"no candidate takes the behaviour away within --max-kl {most_kl(settings):g}: the best leaves "
             f"{best.left:.0%} at a KL of {best.kl:.3f}; --search looks further"
         )
     return best
@@ -176,6 +176,8 @@ def searched(extracted: Extracted, sets: Sets, writers: list[Writer], settings: 
         trials=settings.trials,
         seed=settings.seed,
         pick=settings.pick,
+        max_kl=settings.max_kl,
+        rows=3 * settings.batch_size,
         prefix=extracted.prefix,
         markers=markers_of(settings),
         max_new_tokens=settings.max_new_tokens,

@@ -5,38 +5,34 @@
                        journal=Path("search.jsonl"), pick="knee")
     edit.put_on(policy, found.edits)
 
-Optuna's multivariate TPE (Bergstra 2011; Ozaki 2022 for several objectives) draws kernels. Rows of several trials are
-decoded together; a trial whose failures so far already put it behind another one is left (its scores are then bounds).
+Kernels come from `study`. Rows of several trials are decoded together; a trial whose failures so far already put it
+behind another one is left (its scores are then bounds).
 Every trial is written to the journal as it ends: a search that was stopped goes on where it was, in `trials` counted
 from the start, and one that is whole only picks.
 """
 
 import json
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
-
 from .. import fingerprint, taps
-from ..errors import UserError
 from ..policy import Policy
 from ..vectors import Direction
 from ..writers import Writer
 from .edit import Edit
-from .kernel import Kernel, Space, space_of
+from .kernel import SPACE, Kernel, space_of
 from .pareto import Trial, choose, coarse, dominates, front
 from .scorers import Asked, Given, Prompt, Scorer, Setting, make
+from .study import Study
 from .trial import Job, Runner, Slots, completions
 
 SLOTS = 8  # trials under way at most
 WAITING = 3  # of them that wait for a more promising one
 PROMISING = 0.1  # share of failures up to which a trial that is under way may well push others off the front
 WORST = 1e3  # what is said of a score that is not finite
-STUDY = "ablation"
 
 
 class Found(NamedTuple):
@@ -92,27 +88,29 @@ def run(
     seed: int = 0,
     pick: str = "knee",
     max_kl: float | None = None,
-    rows: int = 128,
+    rows: int = 192,
     say: Callable[[str], None] = lambda _: None,
     **setting: Any,
 ) -> Found:
     """Try kernels until the journal holds `trials` whole or pruned ones, then pick.
 
-    positive, negative: prompts to judge by, others than the direction is from. startup: random ones before the sampler
-    learns, default 60 but at most 30% of `trials`. pick: see `pareto.choose`. max_kl: a trial whose KL is above it is
-    left before anything is generated. rows: completions made at once. setting: the other fields of `scorers.Setting`.
+    positive, negative: prompts to judge by, others than the direction is from. startup: trials before the sampler
+    learns, default 60 but at most 30% of `trials`: the middle of all ranges, random ones, and either made weaker. pick:
+    see `pareto.choose`. max_kl: a trial whose KL is above it is left before anything is generated. rows: completions
+    made at once. setting: the other fields of `scorers.Setting`.
     Raises UserError for a missing extra, a journal of another search, and what `scorers.make` and `kernel.space_of`
     refuse; KeyboardInterrupt passes through, the journal being whole.
     """
     made = make(scorers, Setting(policy, positive, negative, **setting))
     space = space_of(writers, direction, len(taps.blocks(policy.model)))
-    study = _Study(journal, made, space, startup if startup is not None else min(60, int(0.3 * trials)), seed)
+    study = Study(journal, made, space, startup if startup is not None else min(60, int(0.3 * trials)), seed)
     asked = {
         "model": fingerprint.base(policy.model) + fingerprint.adapters(policy.model),
         "direction": _digest([vector.tobytes() for vector in direction.vectors.values()]),
         "prompts": _digest([json.dumps([list(positive), list(negative)], sort_keys=True).encode()]),
         "scorers": [scorer.name for scorer in made],
         "writers": _digest([writer.path.encode() for writer in writers]),
+        "space": _digest([repr((SPACE, space)).encode()]),
         "setting": _digest([repr(sorted(setting.items())).encode()]),
     }
     with Slots(policy, writers, SLOTS, direction.width) as slots:
@@ -158,7 +156,7 @@ class _Search:
         """Generated so far."""
         return self.counted + (self.runner.tokens if self.runner else 0)
 
-    def run(self, study: "_Study", trials: int) -> tuple[float, ...]:
+    def run(self, study: Study, trials: int) -> tuple[float, ...]:
         """Until there are so many trials; scores of the unedited model, which is judged beside the first ones."""
         done = study.trials()
         best = [trial.scores for trial in front(done, self.scorers)]
@@ -172,7 +170,7 @@ class _Search:
         while left > 0 or under_way:
             while left > 0 and self._room(under_way):
                 slot = min(set(range(1, SLOTS + 1)) - {attempt.slot for attempt in under_way})
-                asked, kernel = study.ask()
+                asked, kernel = study.ask([self._guessed(attempt) for attempt in under_way if attempt.asked])
                 self.slots.set(slot, kernel.edits(self.writers, self.direction))
                 under_way.append(self._attempt(asked, kernel, slot))
                 left -= 1
@@ -184,6 +182,9 @@ class _Search:
                 self._settle(under_way, best, study)
         assert study.base is not None
         return study.base
+
+    def _guessed(self, attempt: Attempt) -> Trial:
+        return Trial(attempt.asked.number, attempt.kernel, attempt.guess(self.scorers))
 
     def _room(self, under_way: Sequence[Attempt]) -> bool:
         """Whether one more may begin."""
@@ -251,7 +252,7 @@ class _Search:
             for (job, _), score in zip(some, scores, strict=True):
                 by_number[job.trial].verdicts[i][job.prompt] = score
 
-    def _settle(self, under_way: list[Attempt], best: list[tuple[float, ...]], study: "_Study") -> None:
+    def _settle(self, under_way: list[Attempt], best: list[tuple[float, ...]], study: Study) -> None:
         """Tell the study of trials that are whole, and of those that cannot reach the front any more."""
         for attempt in list(under_way):
             bound, whole = attempt.bound(self.scorers), attempt.whole(self.scorers)
@@ -272,89 +273,13 @@ class _Search:
             guess = bound if whole else attempt.guess(self.scorers)
             if too_far:
                 guess = tuple(1.0 if i in self.ask else value for i, value in enumerate(guess))
-            study.tell(attempt, bound, coarse(guess, self.scorers), pruned=not whole)
+            study.tell(attempt.asked, attempt.kernel, bound, coarse(guess, self.scorers), not whole)
             if whole:
                 best.append(bound)
             self.say(f"trial {attempt.asked.number}: {'' if whole else 'left at '}{self._told(bound)}")
 
     def _told(self, scores: Sequence[float]) -> str:
         return ", ".join(f"{s.name} {s.told(score)}" for s, score in zip(self.scorers, scores, strict=True))
-
-
-class _Study:
-    """Optuna's study in a journal file."""
-
-    def __init__(self, journal: Path, scorers: list[Scorer], space: Space, startup: int, seed: int) -> None:
-        try:
-            import optuna
-            from optuna.storages import JournalStorage
-            from optuna.storages.journal import JournalFileBackend
-        except ImportError as error:
-            raise UserError("--search needs Optuna: pip install 'mlx-realign[search]'") from error
-        self.optuna, self.space, self.startup, self.seed = optuna, space, startup, seed
-        optuna.logging.set_verbosity(optuna.logging.ERROR)
-        journal.parent.mkdir(parents=True, exist_ok=True)
-        self.journal = journal
-        try:
-            storage = JournalStorage(JournalFileBackend(str(journal)))
-            sense = [optuna.study.StudyDirection.MINIMIZE] * len(scorers)
-            self.study = optuna.create_study(storage=storage, study_name=STUDY, directions=sense, load_if_exists=True)
-        except (ValueError, KeyError, json.JSONDecodeError) as error:
-            raise UserError(f"{journal}: is no journal of a search ({error}). Name another file.") from error
-        for trial in self.study.get_trials(deepcopy=False, states=[optuna.trial.TrialState.RUNNING]):
-            self.study.tell(trial.number, state=optuna.trial.TrialState.FAIL)  # it was cut off: it begins anew
-            self.study.enqueue_trial(trial.params)
-
-    def claim(self, asked: dict[str, Any]) -> None:
-        """Note what is searched. UserError where the journal is of another search."""
-        held = self.study.user_attrs.get("search")
-        if held is None:
-            self.study.set_user_attr("search", asked)
-        elif different := [name for name, value in asked.items() if held.get(name) != value]:
-            raise UserError(
-                f"{self.journal}: is the journal of a search with another {', '.join(different)}. "
-                "Go on with what it was made with, or name a new file."
-            )
-
-    @property
-    def base(self) -> tuple[float, ...] | None:
-        """Scores of the unedited model, None until they are known."""
-        held = self.study.user_attrs.get("base")
-        return None if held is None else tuple(held)
-
-    @base.setter
-    def base(self, scores: Sequence[float]) -> None:
-        self.study.set_user_attr("base", list(scores))
-
-    def ask(self) -> tuple[Any, Kernel]:
-        """The next trial; what is drawn depends on the seed, its number and the trials before it, and on no run."""
-        number = len(self.study.get_trials(deepcopy=False))
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", self.optuna.exceptions.ExperimentalWarning)
-            self.study.sampler = self.optuna.samplers.TPESampler(
-                n_startup_trials=self.startup,
-                n_ei_candidates=128,
-                multivariate=True,
-                constant_liar=True,
-                seed=int(np.random.SeedSequence([self.seed, number]).generate_state(1)[0]),
-            )
-            asked = self.study.ask()
-            return asked, self.space.draw(asked)
-
-    def tell(self, attempt: Attempt, scores: Sequence[float], values: Sequence[float], *, pruned: bool) -> None:
-        """What a trial came to. values: for the sampler, a guess where it was left early."""
-        attempt.asked.set_user_attr("kernel", attempt.kernel.plain())
-        attempt.asked.set_user_attr("scores", list(scores))
-        attempt.asked.set_user_attr("pruned", pruned)
-        self.study.tell(attempt.asked, list(values))
-
-    def trials(self) -> list[Trial]:
-        """All that are whole or pruned."""
-        done = self.study.get_trials(deepcopy=False, states=[self.optuna.trial.TrialState.COMPLETE])
-        return [
-            Trial(t.number, Kernel.read(t.user_attrs["kernel"]), tuple(t.user_attrs["scores"]), t.user_attrs["pruned"])
-            for t in done
-        ]
 
 
 def _number(asked: Any) -> int:

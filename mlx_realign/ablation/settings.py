@@ -65,8 +65,8 @@ class Settings:
     """projected, biprojected: without the negatives' mean; row-norm, column-norm: norms kept; affine: mean kept."""
     extra_rank: int = 16
     """Ranks by which an adapter comes near a variant that is of full rank; the error is told."""
-    max_kl: float = 0.1
-    """Nats: most first-token KL on the negatives that auto takes."""
+    max_kl: float | None = None
+    """Nats: most KL on the negatives that auto takes, 0.1 by default; a trial of the search above it is left."""
     search: bool = False
     """Search weights by block with Optuna (extra `search`) instead of one weight for all."""
     trials: int = 200
@@ -84,7 +84,7 @@ class Settings:
     text: str | None = None
     """Text file for the perplexity; default: the base's completions of the negatives."""
     batch_size: int = 64
-    """Completions generated at once."""
+    """Completions generated at once; by a search three times as many."""
     samples: int = 8
     """Replies of each set shown side by side."""
     fuse: bool = False
@@ -122,7 +122,7 @@ def check(settings: Settings, *, writes: bool = True) -> None:
         "rank": (settings.rank >= 1, "at least 1"),
         "extra_rank": (settings.extra_rank >= 1, "at least 1"),
         "winsorise": (0 < settings.winsorise <= 1, "above 0 and at most 1"),
-        "max_kl": (settings.max_kl > 0, "above 0"),
+        "max_kl": (settings.max_kl is None or settings.max_kl > 0, "above 0"),
         "trials": (settings.trials >= 1, "at least 1"),
         "max_new_tokens": (settings.max_new_tokens >= 1, "at least 1"),
         "kl_tokens": (settings.kl_tokens >= 1, "at least 1"),
@@ -198,6 +198,11 @@ def weight_of(settings: Settings) -> float | None:
     if not abs(weight) < float("inf"):
         raise UserError(f"--weight {settings.weight}: expected auto or a number, 1 for all of the direction.")
     return weight
+
+
+def most_kl(settings: Settings) -> float:
+    """Nats: what auto takes."""
+    return 0.1 if settings.max_kl is None else settings.max_kl
 
 
 def markers_of(settings: Settings) -> tuple[str, ...]:

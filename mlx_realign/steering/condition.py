@@ -119,10 +119,11 @@ def read(condition: Condition, numbers: dict[str, mx.array], h: mx.array, now: P
     linear = condition.score == "signed"
     value = along(h, numbers["unit"]) if linear else h.astype(mx.float32)
     found = mx.where(picked[..., None], value, 0.0).sum(1)  # [B, 1] or [B, d]
-    if not latest:
+    if not latest:  # over all prompt tokens in this cache, of earlier turns too
+        count = mx.broadcast_to(picked.sum(1, keepdims=True), (h.shape[0], 1)) + now.notes.get(key + "count", 0)
         found = found + now.notes.get(key + "total", 0.0)
-        now.notes[key + "total"] = found
-        found = found / (last + 1)
+        now.notes[key + "total"], now.notes[key + "count"] = found, count
+        found = found / mx.maximum(count, 1)
     score = found - numbers["offset"] if linear else _cosine(found, numbers["unit"][:, 0])
     opens = (numbers["sign"] * (score - numbers["threshold"]) > 0)[:, 0].astype(mx.float32)
     before = now.notes.get(key, mx.zeros(h.shape[0]))

@@ -1,0 +1,144 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a search tries next, and its journal.
+
+The first is the middle of all ranges. Then Optuna's multivariate TPE (Bergstra 2011; Ozaki 2022 for several objectives)
+draws kernels, the first ones at random and at full strength. In turn with it a trial of the front is taken again, only
+weaker, where the front has its widest gap: the KL falls with about the square of the strength and the behaviour comes
+back more slowly, so that one good shape at several strengths draws out what other shapes leave full of holes.
+"""
+
+import json
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..errors import UserError
+from .kernel import STRENGTH, Kernel, Space
+from .pareto import Trial, weaker
+from .scorers import Asked, Scorer
+
+STUDY = "ablation"
+AT_ONCE = 2  # trials under way that are others made weaker; one until the first trial is whole
+ALIKE = 0.1  # strengths that differ by less than this share are not tried of one trial again
+
+
+class Study:
+    """Optuna's study in a journal file."""
+
+    def __init__(self, journal: Path, scorers: list[Scorer], space: Space, startup: int, seed: int) -> None:
+        try:
+            import optuna
+            from optuna.storages import JournalStorage
+            from optuna.storages.journal import JournalFileBackend
+        except ImportError as error:
+            raise UserError("--search needs Optuna: pip install 'mlx-realign[search]'") from error
+        self.optuna, self.scorers, self.space, self.startup, self.seed = optuna, scorers, space, startup, seed
+        optuna.logging.set_verbosity(optuna.logging.ERROR)
+        journal.parent.mkdir(parents=True, exist_ok=True)
+        self.journal = journal
+        try:
+            storage = JournalStorage(JournalFileBackend(str(journal)))
+            sense = [optuna.study.StudyDirection.MINIMIZE] * len(scorers)
+            self.study = optuna.create_study(storage=storage, study_name=STUDY, directions=sense, load_if_exists=True)
+        except (ValueError, KeyError, json.JSONDecodeError) as error:
+            raise UserError(f"{journal}: is no journal of a search ({error}). Name another file.") from error
+        for trial in self.study.get_trials(deepcopy=False, states=[optuna.trial.TrialState.RUNNING]):
+            self.study.tell(trial.number, state=optuna.trial.TrialState.FAIL)  # it was cut off: it begins anew
+            self.study.enqueue_trial(trial.params, user_attrs=trial.user_attrs)
+
+    def claim(self, asked: dict[str, Any]) -> None:
+        """Note what is searched. UserError where the journal is of another search."""
+        held = self.study.user_attrs.get("search")
+        if held is None:
+            self.study.set_user_attr("search", asked)
+        elif different := [name for name, value in asked.items() if held.get(name) != value]:
+            raise UserError(
+                f"{self.journal}: is the journal of a search with another {', '.join(different)}. "
+                "Go on with what it was made with, or name a new file."
+            )
+
+    @property
+    def base(self) -> tuple[float, ...] | None:
+        """Scores of the unedited model, None until they are known."""
+        held = self.study.user_attrs.get("base")
+        return None if held is None else tuple(held)
+
+    @base.setter
+    def base(self, scores: Sequence[float]) -> None:
+        self.study.set_user_attr("base", list(scores))
+
+    def ask(self, under_way: Sequence[Trial] = ()) -> tuple[Any, Kernel]:
+        """The next trial; what is drawn depends on the seed, its number and the trials before it, and on no run.
+
+        under_way: trials that are not whole, with what is guessed of their scores.
+        """
+        known = self.study.get_trials(deepcopy=False)
+        state = self.optuna.trial.TrialState
+        if not any(trial.state == state.WAITING for trial in known):
+            if (again := self._again(known, under_way)) is not None:
+                number, strength = again
+                mark = {"weaker than": number}
+                self.study.enqueue_trial(known[number].params | {"strength": strength}, user_attrs=mark)
+            elif not known:
+                self.study.enqueue_trial(self.space.middle() | {"strength": STRENGTH[1]})
+            elif len(known) < self.startup:
+                self.study.enqueue_trial({"strength": STRENGTH[1]})
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", self.optuna.exceptions.ExperimentalWarning)
+            self.study.sampler = self.optuna.samplers.TPESampler(
+                n_startup_trials=self.startup,
+                n_ei_candidates=128,
+                multivariate=True,
+                constant_liar=True,
+                seed=int(np.random.SeedSequence([self.seed, len(known)]).generate_state(1)[0]),
+            )
+            asked = self.study.ask()
+            return asked, self.space.draw(asked)
+
+    def _again(self, known: Sequence[Any], under_way: Sequence[Trial]) -> tuple[int, float] | None:
+        """Number and strength of a trial to take once more; few at a time, so that it is seen what the others gave."""
+        tried = [trial for trial in known if "weaker than" in trial.user_attrs]
+        done, base = self.trials(), self.base
+        begins = all(trial.pruned for trial in done)
+        if sum(not trial.state.is_finished() for trial in tried) >= (1 if begins else AT_ONCE):
+            return None
+        if base is None:  # not judged yet: at its worst
+            base = tuple(1.0 if isinstance(scorer, Asked) else 0.0 for scorer in self.scorers)
+        here = [t for t in under_way if begins or "weaker than" in known[t.number].user_attrs]
+        scores = {trial.number: trial.scores for trial in [*done, *under_way]}
+        for parent, times in weaker(done + [self._expected(known, t, scores, base) for t in here], self.scorers, base):
+            strength = max(STRENGTH[0], times * known[parent.number].params["strength"])
+            before = [t.params["strength"] for t in tried if t.user_attrs["weaker than"] == parent.number and t.params]
+            if all(abs(strength / other - 1) > ALIKE for other in before):
+                return parent.number, strength
+        return None
+
+    def _expected(
+        self, known: Sequence[Any], trial: Trial, scores: Mapping[int, Sequence[float]], base: Sequence[float]
+    ) -> Trial:
+        """One under way: who is weaker than another is expected to be as much nearer to the unedited model."""
+        parent = known[trial.number].user_attrs.get("weaker than")
+        if parent is None:
+            return trial
+        left = known[trial.number].params["strength"] / known[parent].params["strength"]
+        each = zip(self.scorers, trial.scores, scores.get(parent, base), base, strict=True)
+        guess = (max(s, left * p + (1 - left) * b) if isinstance(kind, Asked) else s for kind, s, p, b in each)
+        return trial._replace(scores=tuple(guess))
+
+    def tell(self, asked: Any, kernel: Kernel, scores: Sequence[float], values: Sequence[float], pruned: bool) -> None:
+        """What a trial came to. values: for the sampler, a guess where it was left early."""
+        asked.set_user_attr("kernel", kernel.plain())
+        asked.set_user_attr("scores", list(scores))
+        asked.set_user_attr("pruned", pruned)
+        self.study.tell(asked, list(values))
+
+    def trials(self) -> list[Trial]:
+        """All that are whole or pruned."""
+        done = self.study.get_trials(deepcopy=False, states=[self.optuna.trial.TrialState.COMPLETE])
+        return [
+            Trial(t.number, Kernel.read(t.user_attrs["kernel"]), tuple(t.user_attrs["scores"]), t.user_attrs["pruned"])
+            for t in done
+        ]
