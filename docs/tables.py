@@ -90,7 +90,8 @@ def directions(search: dict[str, Any], extraction: dict[str, Any]) -> str:
     ours, theirs = 1e3 * token["s_per_token"], 1e3 * token["heretic_s"]
     told = "ms of a generated token, trials of an ablation"
     lines.append(row(told, f"{ours:.2f}", f"{theirs:.2f}, {heretic}", f"{theirs / ours:.2f}x"))
-    if all(took := search["as_good_after_s"]):
+    took = search["as_good_after_s"]
+    if took and all(took):
         end, typical = search["heretic"][-1][0], statistics.median(took)
         told = f"seconds to a front as good as that of {len(search['heretic'])} of its trials"
         spread = f"{end / max(took):.1f}x to {end / min(took):.1f}x, {len(took)} seeds"
@@ -113,7 +114,7 @@ def numbers(folder: Path = BASELINES) -> str:
         tables.append(demo([json.loads(line) for line in path.read_text().splitlines() if line.strip()]))
     tables += [peers(json.loads(path.read_text())) for path in sorted(folder.glob("peers-*.json"))]
     for path in sorted(folder.glob("directions-*.jsonl")):
-        tables.append(directions(*(json.loads(line) for line in path.read_text().splitlines())))
+        tables.append(directions(*(json.loads(line) for line in path.read_text().splitlines() if line.strip())))
     return "\n\n".join(tables)
 
 

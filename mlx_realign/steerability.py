@@ -90,10 +90,12 @@ def report(
 def best(separations: Sequence[Separation]) -> int:
     """The block to use where nobody says: the largest held-out d' among the first four fifths of the blocks.
 
-    Late blocks separate well, by the token that comes next; what acts there comes too late to change the answer.
+    The last one is taken only where there is no other, embeddings where there is no block. Late blocks separate
+    well, by the token that comes next; what acts there comes too late to change the answer.
     """
     depth = max(s.block for s in separations) + 1
-    early = [s for s in separations if 0 <= s.block < min(EARLY * depth, depth - 1)] or list(separations)
+    blocks = [s for s in separations if s.block >= 0] or list(separations)
+    early = [s for s in blocks if s.block < min(EARLY * depth, depth - 1)] or blocks
     key = lambda s: (-math.inf if math.isnan(s.d_prime) else s.d_prime, s.share)  # noqa: E731
     return max(early, key=key).block
 

@@ -145,6 +145,9 @@ def test_a_search_ends_in_an_adapter_and_goes_on_from_its_journal(sets: Path, tm
     assert run(*argv, str(tmp_path / "again"), "--journal", str(tmp_path / "out.search.jsonl")) == 0
     again = json.loads((tmp_path / "again" / "metrics.json").read_text())
     assert (again["trial"], again["edits"]) == (first["trial"], first["edits"])  # whole: it only picks
+    capsys.readouterr()
+    assert run(*argv, str(tmp_path / "none"), "--max-kl", "1e-9") == 2
+    assert "no trial stayed within a KL of 1e-09. Raise --max-kl" in capsys.readouterr().err
 
 
 PAIRS = '{"prompt": "a", "chosen": "b", "rejected": "c"}\n' * 4

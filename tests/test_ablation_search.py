@@ -15,6 +15,7 @@ from mlx_realign.ablation import edit, search
 from mlx_realign.ablation.kernel import Kernel, Space, Tent, space_of
 from mlx_realign.ablation.pareto import coarse, dominates, front
 from mlx_realign.ablation.scorers import Setting, make
+from mlx_realign.ablation.study import Study
 from mlx_realign.ablation.trial import Slots, completions
 from mlx_realign.errors import UserError
 from mlx_realign.policy import Policy
@@ -171,10 +172,22 @@ def test_only_trials_that_cannot_win_are_left(whole: search.Found, policy: Polic
 
 
 def test_a_trial_beyond_max_kl_generates_nothing(run: Callable[..., search.Found], tmp_path: Path):
-    with pytest.raises(UserError, match="no trial was finished"):
-        run(tmp_path / "none.jsonl", trials=3, max_kl=1e-9)
-    found = run(tmp_path / "none.jsonl", trials=4)
-    assert [trial.pruned for trial in found.trials[:3]] == [True] * 3
+    unedited = run(tmp_path / "base.jsonl", trials=1, pick="0").tokens
+    told: list[str] = []
+    with pytest.raises(UserError, match="no trial stayed within a KL of 1e-09"):
+        run(tmp_path / "none.jsonl", trials=3, max_kl=1e-9, say=told.append)
+    assert unedited > 0 and sum("left at markers 0.0%" in line for line in told) == 3
+    with pytest.raises(UserError, match="journal of a search with another max_kl"):
+        run(tmp_path / "none.jsonl", trials=8)
+
+
+def test_what_is_beyond_max_kl_is_tried_again_within_it(run: Callable[..., search.Found], tmp_path: Path):
+    free = run(tmp_path / "free.jsonl", trials=1, pick="0")
+    limit = free.trials[0].scores[1] / 2
+    found = run(tmp_path / "some.jsonl", trials=6, max_kl=limit)
+    assert found.trials[0].pruned and found.trials[0].scores == (0.0, free.trials[0].scores[1])
+    whole = [trial for trial in found.trials if not trial.pruned]
+    assert whole and all(trial.scores[1] <= limit for trial in whole)
 
 
 def test_three_scorers_and_a_given_start_of_the_answer(
@@ -228,6 +241,19 @@ def test_the_middle_comes_first_and_what_works_is_taken_again_but_weaker(
         assert mine == pytest.approx(Tent(*(whole * np.array([share, 1, share, 1]))))
         strengths.add((parent.number, round(own, 2)))
     assert len(strengths) == len(again), "none is tried twice"
+
+
+def test_a_trial_cut_off_before_it_was_drawn_begins_anew(policy: Policy, tmp_path: Path):
+    scorers = make(["markers", "kl"], Setting(policy, POSITIVE, NEGATIVE))
+    space = Space(("attention", "mlp"), 10, (4.0, 9.0), True)
+    opened = lambda: Study(tmp_path / "search.jsonl", scorers, space, 2, 0, None)  # noqa: E731
+    wanted = space.middle() | {"strength": 0.5}
+    first = opened()
+    first.study.enqueue_trial(wanted, user_attrs={"weaker than": 0})
+    first.study.ask()  # nothing is drawn yet
+    asked, kernel = opened().ask()
+    assert asked.params == wanted and asked.user_attrs == {"weaker than": 0}
+    assert kernel.tents["attention"].max_weight == pytest.approx(1.15 / 2)
 
 
 def test_another_search_in_the_journal_is_refused(run: Callable[..., search.Found], tmp_path: Path):

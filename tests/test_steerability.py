@@ -147,6 +147,8 @@ def test_the_best_block_is_the_clearest_early_one():
     found = report(positive, negative, [-1, 0, 1, 2, 3, 4])
     assert best(found) == 1  # clearer are block 4, the last of five, and the embeddings, which are no block
     assert best(found[5:]) == 4  # unless there is no other
+    few = report(*planted(100, 100, [1.0, 3.0, 2.0, 9.0]), [0, 1, 2, 3])
+    assert best(few) == 1  # nor is it the last of four
 
 
 def test_a_direction_that_is_there_is_not_warned_of():

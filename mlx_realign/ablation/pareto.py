@@ -11,7 +11,7 @@ from rich.table import Table
 
 from ..errors import UserError
 from .kernel import Kernel
-from .scorers import Asked, Given, Scorer
+from .scorers import Asked, Given, Markers, Scorer
 
 POWER = 1.7  # of an edit's strength that its KL grows with: measured 1.4 to 2.0, and 2 for the smallest
 NARROW = 0.02  # gaps of the front that are not worth a trial
@@ -51,17 +51,22 @@ def weaker(trials: Sequence[Trial], scorers: Sequence[Scorer], base: Sequence[fl
 
     A gap lies between neighbours by cost, which is what the first scorer of given texts (a KL, a perplexity) is above
     the unedited model's, `base`; the unedited model is the first of them. It is as wide as the area it may hide: the
-    ratio of the costs, as a logarithm, times the difference of the other score. The dearer one is made weaker until
-    its cost is halfway down; or the least that means anything, where nothing is there yet or not much lies between.
+    ratio of the costs, as a logarithm, times the difference of the rate of markers (or what else is generated for). The
+    dearer one is made weaker until its cost is halfway down; or the least that means anything, where nothing is there
+    yet or not much lies between.
     """
     at = next((i for i, scorer in enumerate(scorers) if isinstance(scorer, Given)), None)
-    other, floor = 0 if at else 1, 0.0 if at is None else scorers[at].finest or 0.01 * base[at]
-    if at is None or floor <= 0:
+    asked = [i for i, scorer in enumerate(scorers) if isinstance(scorer, Asked)]
+    floor = 0.0 if at is None else scorers[at].finest or 0.01 * base[at]
+    if at is None or not asked or floor <= 0:
         return []
+    other = next((i for i in asked if isinstance(scorers[i], Markers)), asked[0])
     cost = lambda trial: max(trial.scores[at] - base[at], floor)  # noqa: E731
     found: list[tuple[float, Trial, float]] = []
     cheaper, rate, empty = floor, base[other], True
     for trial in sorted(front(trials, scorers), key=lambda t: (cost(t), t.scores[other])):
+        if trial.scores[other] >= rate:  # of more than two scores another one keeps it on the front
+            continue
         dearer = cost(trial)
         to_floor = cheaper == floor and (empty or dearer < 2 * floor)
         target = 0.9 * floor if to_floor else math.sqrt(cheaper * dearer)

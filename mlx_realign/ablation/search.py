@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from .. import fingerprint, taps
+from ..errors import UserError
 from ..policy import Policy
 from ..vectors import Direction
 from ..writers import Writer
@@ -103,7 +104,7 @@ def run(
     """
     made = make(scorers, Setting(policy, positive, negative, **setting))
     space = space_of(writers, direction, len(taps.blocks(policy.model)))
-    study = Study(journal, made, space, startup if startup is not None else min(60, int(0.3 * trials)), seed)
+    study = Study(journal, made, space, startup if startup is not None else min(60, int(0.3 * trials)), seed, max_kl)
     asked = {
         "model": fingerprint.base(policy.model) + fingerprint.adapters(policy.model),
         "direction": _digest([vector.tobytes() for vector in direction.vectors.values()]),
@@ -112,9 +113,10 @@ def run(
         "writers": _digest([writer.path.encode() for writer in writers]),
         "space": _digest([repr((SPACE, space)).encode()]),
         "setting": _digest([repr(sorted(setting.items())).encode()]),
+        "max_kl": max_kl,
     }
     with Slots(policy, writers, SLOTS, direction.width) as slots:
-        search = _Search(slots, made, writers, direction, rows, max_kl, say)
+        search = _Search(slots, made, writers, direction, rows, say)
         study.claim(asked)
         try:
             base = search.run(study, trials)
@@ -122,6 +124,8 @@ def run(
             say(f"stopped: {len(study.trials())} trials are kept in {journal}; the same command goes on from there")
             raise
         done = study.trials()
+        if max_kl is not None and all(trial.pruned for trial in done):
+            raise UserError(f"no trial stayed within a KL of {max_kl:g}. Raise --max-kl, or go on with more --trials.")
         chosen = choose(pick, done, made)
         notes = [f"{sum(t.pruned for t in done)} of {len(done)} trials were left early"]
         edits = chosen.kernel.edits(writers, direction)
@@ -138,11 +142,10 @@ class _Search:
         writers: Sequence[Writer],
         direction: Direction,
         rows: int,
-        max_kl: float | None,
         say: Callable[[str], None],
     ) -> None:
         self.slots, self.scorers, self.writers, self.direction = slots, scorers, writers, direction
-        self.max_kl, self.say = max_kl, say
+        self.say = say
         self.ask = {i: scorer for i, scorer in enumerate(scorers) if isinstance(scorer, Asked)}
         self.give = {i: scorer for i, scorer in enumerate(scorers) if isinstance(scorer, Given)}
         prompts = [prompt for scorer in self.ask.values() for prompt in scorer.prompts]
@@ -224,10 +227,6 @@ class _Search:
             attempt.scores[i] = min(value, WORST)
         return attempt
 
-    def _too_far(self, attempt: Attempt) -> bool:
-        kls = [attempt.scores[i] for i, scorer in self.give.items() if scorer.name.startswith("kl")]
-        return attempt.slot > 0 and self.max_kl is not None and any(kl > self.max_kl for kl in kls)
-
     def _advance(self, under_way: Sequence[Attempt]) -> None:
         """One token for every row, or (where rows cannot differ) one trial's completions."""
         if self.runner is None:
@@ -263,7 +262,7 @@ class _Search:
                     study.base = bound
                     self.say(f"the unedited model: {self._told(bound)}")
                 continue
-            too_far = self._too_far(attempt)
+            too_far = study.too_far(bound) < 1
             behind = any(dominates(coarse(b, self.scorers), coarse(bound, self.scorers)) for b in best)
             if not (whole or behind or too_far):
                 continue

@@ -173,6 +173,8 @@ def _clashes(settings: Settings) -> None:
     searching = {name: getattr(settings, name) for name in ("trials", "scorers", "pick", "journal")}
     if not settings.search and (idle := [n for n, value in searching.items() if value != getattr(Settings, n)]):
         raise UserError(f"--{idle[0]} is for --search: add it, or leave --{idle[0]} off.")
+    if settings.search and settings.max_kl is not None and not any(name.startswith("kl") for name in settings.scorers):
+        raise UserError("--max-kl with --search is about a KL: add kl to --scorers, or leave --max-kl off.")
     if settings.pick not in ("knee", "best-kl", "lowest") and not settings.pick.isdecimal():
         raise UserError(f"--pick {settings.pick}: expected knee, best-kl, lowest or the number of a trial.")
     if settings.search and settings.variant == "biprojected":

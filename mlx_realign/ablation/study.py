@@ -2,7 +2,7 @@
 """What a search tries next, and its journal.
 
 The first is the middle of all ranges. Then Optuna's multivariate TPE (Bergstra 2011; Ozaki 2022 for several objectives)
-draws kernels, the first ones at random and at full strength. In turn with it a trial of the front is taken again, only
+draws kernels, the first ones at random and at full strength. As often at most a trial of the front is taken again, only
 weaker, where the front has its widest gap: the KL falls with about the square of the strength and the behaviour comes
 back more slowly, so that one good shape at several strengths draws out what other shapes leave full of holes.
 """
@@ -17,10 +17,11 @@ import numpy as np
 
 from ..errors import UserError
 from .kernel import STRENGTH, Kernel, Space
-from .pareto import Trial, weaker
+from .pareto import POWER, Trial, weaker
 from .scorers import Asked, Scorer
 
 STUDY = "ablation"
+MARK = "weaker than"  # on a trial: the number of the one that it is, but for its strength
 AT_ONCE = 2  # trials under way that are others made weaker; one until the first trial is whole
 ALIKE = 0.1  # strengths that differ by less than this share are not tried of one trial again
 
@@ -28,14 +29,17 @@ ALIKE = 0.1  # strengths that differ by less than this share are not tried of on
 class Study:
     """Optuna's study in a journal file."""
 
-    def __init__(self, journal: Path, scorers: list[Scorer], space: Space, startup: int, seed: int) -> None:
+    def __init__(
+        self, journal: Path, scorers: list[Scorer], space: Space, startup: int, seed: int, max_kl: float | None
+    ) -> None:
         try:
             import optuna
             from optuna.storages import JournalStorage
             from optuna.storages.journal import JournalFileBackend
         except ImportError as error:
             raise UserError("--search needs Optuna: pip install 'mlx-realign[search]'") from error
-        self.optuna, self.scorers, self.space, self.startup, self.seed = optuna, scorers, space, startup, seed
+        self.optuna, self.scorers, self.space, self.startup = optuna, scorers, space, startup
+        self.seed, self.max_kl = seed, max_kl
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         journal.parent.mkdir(parents=True, exist_ok=True)
         self.journal = journal
@@ -47,7 +51,8 @@ class Study:
             raise UserError(f"{journal}: is no journal of a search ({error}). Name another file.") from error
         for trial in self.study.get_trials(deepcopy=False, states=[optuna.trial.TrialState.RUNNING]):
             self.study.tell(trial.number, state=optuna.trial.TrialState.FAIL)  # it was cut off: it begins anew
-            self.study.enqueue_trial(trial.params, user_attrs=trial.user_attrs)
+            wanted = trial.system_attrs.get("fixed_params", {}) | trial.params
+            self.study.enqueue_trial(wanted, user_attrs=trial.user_attrs)
 
     def claim(self, asked: dict[str, Any]) -> None:
         """Note what is searched. UserError where the journal is of another search."""
@@ -71,57 +76,70 @@ class Study:
         self.study.set_user_attr("base", list(scores))
 
     def ask(self, under_way: Sequence[Trial] = ()) -> tuple[Any, Kernel]:
-        """The next trial; what is drawn depends on the seed, its number and the trials before it, and on no run.
+        """The next trial; what is drawn depends on the seed, its number and what is known of the trials before it.
 
         under_way: trials that are not whole, with what is guessed of their scores.
         """
         known = self.study.get_trials(deepcopy=False)
-        state = self.optuna.trial.TrialState
-        if not any(trial.state == state.WAITING for trial in known):
+        waiting = sum(trial.state == self.optuna.trial.TrialState.WAITING for trial in known)
+        drawn = sum(MARK not in trial.user_attrs for trial in known)
+        if not waiting:
             if (again := self._again(known, under_way)) is not None:
                 number, strength = again
-                mark = {"weaker than": number}
-                self.study.enqueue_trial(known[number].params | {"strength": strength}, user_attrs=mark)
+                self.study.enqueue_trial(known[number].params | {"strength": strength}, user_attrs={MARK: number})
             elif not known:
                 self.study.enqueue_trial(self.space.middle() | {"strength": STRENGTH[1]})
-            elif len(known) < self.startup:
+            elif drawn < self.startup:
                 self.study.enqueue_trial({"strength": STRENGTH[1]})
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", self.optuna.exceptions.ExperimentalWarning)
             self.study.sampler = self.optuna.samplers.TPESampler(
-                n_startup_trials=self.startup,
+                n_startup_trials=len(known) + 1 if drawn < self.startup else 0,
                 n_ei_candidates=128,
                 multivariate=True,
                 constant_liar=True,
-                seed=int(np.random.SeedSequence([self.seed, len(known)]).generate_state(1)[0]),
+                seed=int(np.random.SeedSequence([self.seed, len(known) - waiting]).generate_state(1)[0]),
             )
             asked = self.study.ask()
             return asked, self.space.draw(asked)
 
     def _again(self, known: Sequence[Any], under_way: Sequence[Trial]) -> tuple[int, float] | None:
-        """Number and strength of a trial to take once more; few at a time, so that it is seen what the others gave."""
-        tried = [trial for trial in known if "weaker than" in trial.user_attrs]
+        """Number and strength of a trial to take once more.
+
+        Few at a time, so that it is seen what the others gave, and never more than are drawn.
+        """
+        tried = [trial for trial in known if MARK in trial.user_attrs]
         done, base = self.trials(), self.base
         begins = all(trial.pruned for trial in done)
-        if sum(not trial.state.is_finished() for trial in tried) >= (1 if begins else AT_ONCE):
+        at_once = sum(not trial.state.is_finished() for trial in tried)
+        if at_once >= (1 if begins else AT_ONCE) or 2 * len(tried) >= len(known):
             return None
         if base is None:  # not judged yet: at its worst
             base = tuple(1.0 if isinstance(scorer, Asked) else 0.0 for scorer in self.scorers)
-        here = [t for t in under_way if begins or "weaker than" in known[t.number].user_attrs]
+        here = [t for t in under_way if begins or MARK in known[t.number].user_attrs]
         scores = {trial.number: trial.scores for trial in [*done, *under_way]}
-        for parent, times in weaker(done + [self._expected(known, t, scores, base) for t in here], self.scorers, base):
-            strength = max(STRENGTH[0], times * known[parent.number].params["strength"])
-            before = [t.params["strength"] for t in tried if t.user_attrs["weaker than"] == parent.number and t.params]
+        gaps = weaker(done + [self._expected(known, t, scores, base) for t in here], self.scorers, base)
+        for parent, times in [*gaps, *((trial, self.too_far(trial.scores)) for trial in done)]:
+            own = known[parent.number].params
+            strength = max(STRENGTH[0], times * own["strength"])
+            before = [t.params["strength"] for t in known if t.params | {"strength": own["strength"]} == own]
             if all(abs(strength / other - 1) > ALIKE for other in before):
                 return parent.number, strength
         return None
+
+    def too_far(self, scores: Sequence[float]) -> float:
+        """What to make an edit times that is above `max_kl`, so that it is below; 1 for one that is not above it."""
+        kls = [score for score, scorer in zip(scores, self.scorers, strict=True) if scorer.name.startswith("kl")]
+        if self.max_kl is None or max(kls, default=0.0) <= self.max_kl:
+            return 1.0
+        return (0.9 * self.max_kl / max(kls)) ** (1 / POWER)
 
     def _expected(
         self, known: Sequence[Any], trial: Trial, scores: Mapping[int, Sequence[float]], base: Sequence[float]
     ) -> Trial:
         """One under way: who is weaker than another is expected to be as much nearer to the unedited model."""
-        parent = known[trial.number].user_attrs.get("weaker than")
-        if parent is None:
+        parent = known[trial.number].user_attrs.get(MARK)
+        if parent is None or "strength" not in known[parent].params:
             return trial
         left = known[trial.number].params["strength"] / known[parent].params["strength"]
         each = zip(self.scorers, trial.scores, scores.get(parent, base), base, strict=True)
