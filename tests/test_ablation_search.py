@@ -172,11 +172,10 @@ def test_only_trials_that_cannot_win_are_left(whole: search.Found, policy: Polic
 
 
 def test_a_trial_beyond_max_kl_generates_nothing(run: Callable[..., search.Found], tmp_path: Path):
-    unedited = run(tmp_path / "base.jsonl", trials=1, pick="0").tokens
     told: list[str] = []
     with pytest.raises(UserError, match="no trial stayed within a KL of 1e-09"):
         run(tmp_path / "none.jsonl", trials=3, max_kl=1e-9, say=told.append)
-    assert unedited > 0 and sum("left at markers 0.0%" in line for line in told) == 3
+    assert sum("left at markers 0.0%" in line for line in told) == 3, "about half of them would have shown it"
     with pytest.raises(UserError, match="journal of a search with another max_kl"):
         run(tmp_path / "none.jsonl", trials=8)
 
@@ -230,17 +229,17 @@ def test_the_middle_comes_first_and_what_works_is_taken_again_but_weaker(
     assert (tried[0].params["direction"], tried[0].params["attention.max_weight"]) == ("each", pytest.approx(1.15))
     again = [trial for trial in tried if "weaker than" in trial.user_attrs]
     drawn = [trial for trial in tried if "weaker than" not in trial.user_attrs]
-    assert len(again) >= 2 and all(trial.params["strength"] == 1.0 for trial in drawn if trial.number < 6)
-    strengths = set()
+    assert 2 <= len(again) <= len(drawn) and all(trial.params["strength"] == 1.0 for trial in drawn[:6])
     for trial in again:
         parent = tried[trial.user_attrs["weaker than"]]
         own, others = trial.params["strength"], {k: v for k, v in trial.params.items() if k != "strength"}
         assert 0.1 <= own < parent.params["strength"] and others.items() <= parent.params.items()
+        assert len({round(t.params["strength"], 3) for t in tried if others.items() <= t.params.items()}) == sum(
+            others.items() <= t.params.items() for t in tried
+        ), "none is tried twice"
         mine, whole = (found.trials[t.number].kernel.tents["attention"] for t in (trial, parent))
         share = own / parent.params["strength"]
         assert mine == pytest.approx(Tent(*(whole * np.array([share, 1, share, 1]))))
-        strengths.add((parent.number, round(own, 2)))
-    assert len(strengths) == len(again), "none is tried twice"
 
 
 def test_a_trial_cut_off_before_it_was_drawn_begins_anew(policy: Policy, tmp_path: Path):

@@ -13,7 +13,7 @@ from ..errors import UserError
 from .kernel import Kernel
 from .scorers import Asked, Given, Markers, Scorer
 
-POWER = 1.7  # of an edit's strength that its KL grows with: measured 1.4 to 2.0, and 2 for the smallest
+POWER = 1.7  # of an edit's strength that its KL grows with: measured 1.4 to 2.0; 2 is what small ones tend to
 NARROW = 0.02  # gaps of the front that are not worth a trial
 
 

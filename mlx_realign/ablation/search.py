@@ -6,9 +6,8 @@
     edit.put_on(policy, found.edits)
 
 Kernels come from `study`. Rows of several trials are decoded together; a trial whose failures so far already put it
-behind another one is left (its scores are then bounds).
-Every trial is written to the journal as it ends: a search that was stopped goes on where it was, in `trials` counted
-from the start, and one that is whole only picks.
+behind another one is left (its scores are then bounds). Every trial is written to the journal as it ends: a search that
+was stopped goes on where it was, in `trials` counted from the start, and one that is whole only picks.
 """
 
 import json
@@ -95,9 +94,9 @@ def run(
 ) -> Found:
     """Try kernels until the journal holds `trials` whole or pruned ones, then pick.
 
-    positive, negative: prompts to judge by, others than the direction is from. startup: trials before the sampler
-    learns, default 60 but at most 30% of `trials`: the middle of all ranges, random ones, and either made weaker. pick:
-    see `pareto.choose`. max_kl: a trial whose KL is above it is left before anything is generated. rows: completions
+    positive, negative: prompts to judge by, others than the direction is from. startup: kernels drawn before the
+    sampler learns, the middle of all ranges and random ones, default 60 but at most 30% of `trials`. pick: see
+    `pareto.choose`. max_kl: a trial whose KL is above it is left before anything is generated. rows: completions
     made at once. setting: the other fields of `scorers.Setting`.
     Raises UserError for a missing extra, a journal of another search, and what `scorers.make` and `kernel.space_of`
     refuse; KeyboardInterrupt passes through, the journal being whole.
@@ -125,7 +124,8 @@ def run(
             raise
         done = study.trials()
         if max_kl is not None and all(trial.pruned for trial in done):
-            raise UserError(f"no trial stayed within a KL of {max_kl:g}. Raise --max-kl, or go on with more --trials.")
+            more = "Raise --max-kl, with a new --journal, or go on with more --trials."
+            raise UserError(f"no trial stayed within a KL of {max_kl:g}. {more}")
         chosen = choose(pick, done, made)
         notes = [f"{sum(t.pruned for t in done)} of {len(done)} trials were left early"]
         edits = chosen.kernel.edits(writers, direction)
