@@ -101,9 +101,11 @@ def test_it_goes_out_and_comes_in(model: str):
 def test_the_edit_leaves_nothing_but_what_its_weight_says():
     for model in MODELS:
         found = RESULT["models"][model]["ablation"]
-        for path, left in found["left_in_writers"].items():
-            if weight := found["edits"][path]:  # what it reads differs a little between the two runs
-                assert left == pytest.approx(abs(1 - weight), abs=0.1)
+        edits = {path: weight for path, weight in found["edits"].items() if weight}
+        left = np.array([found["left_in_writers"][path] for path in edits])
+        off = np.abs(left - np.abs(1 - np.array(list(edits.values()))))
+        assert off[0] < 1e-6  # no edit stands before the first writer, so both runs read the same there
+        assert np.median(off) < 0.02 and (left < 1).all()  # the later ones read what the edits before them changed
     assert 0.8 < RESULT["cosine"] <= 1
 
 
