@@ -164,7 +164,7 @@ def ablated(policy: Policy, sets: Row, sizes: Sizes, options: Row, output: Path,
     found = measure.measure(result.applied, bench, removed, left, say=told)
     facts = measure.facts(found)
     facts |= {
-        "options": options,
+        "options": options | {name: brief[name] for name in ("held_out", "eval_limit")},
         "fit": result.facts["prompts"]["fit"],
         "select": result.facts["prompts"]["select"],
         "plan": result.plan.lines,

@@ -19,16 +19,18 @@ PAGE = """# An apology, taken out and put in
 
 <!-- written by benchmarks/directions_report_page.py from docs/directions-report/ -->
 Asked to run an errand ("{errand}"), {model} apologises: {before} of the time on {errands} held-out errands.
-One edit of its weights, made from {fit} errands and {fit} topics that it answers, brings that to **{after}**, at
-{kl:.2f} nats of KL on topics (first token). Added to its states instead, the direction between the two makes it
-apologise for ordinary questions ("{topic}"): **{steered}** at coefficient {coefficient:g}, where it did {plain} without
-and {system} when a system message asks for it. The same on a model quantised to 4 bits: {q_before} to **{q_after}**
-ablated, **{q_steered}** steered.
+One edit of its weights, made from {direction} errands and {direction} topics that it answers{chosen}, brings that to
+**{after}**, at {kl:.2f} nats of KL on topics (first token). Added to its states instead, the direction between the two
+makes it apologise for ordinary questions ("{topic}"): **{steered}** at coefficient {coefficient:g}, where it did
+{plain} without and {system} when a system message asks for it. The same on a model quantised to 4 bits: steered, it
+apologises in **{q_steered}**; ablated, apologies go from {q_before} to **{q_after}**, but **{q_broken}** of its replies
+are then empty or go round in circles ({q_looped} before).
 
 - **Behaviour**: a reply that holds {markers} ({letters}). Ablated replies count as failures also
   where they are empty or go round in circles; steered ones count only where they do not.
-- **Prompts**: {train} errands and {train} topics, of which {fit} each are used, and {errands} and {topics} held out. No
-  errand and no topic is on both sides, in whatever words. Replies are greedy, of at most {tokens} tokens when ablated
+- **Prompts**: {fit} errands and {fit} topics to make directions and edits from, {errands} and {topics} held out:
+  steering is judged on all of these topics, an ablation on {plain_prompts} of them. No errand and no topic is on both
+  sides, in whatever words. Replies are greedy, of at most {tokens} tokens when ablated
   and {short} when steered.
 - **4 bits**: the float weights quantised (groups of 64), then dequantised to float32 at load, which has the quantised
   weights' numbers and is quick on a CPU. Direction and edit are made anew from these weights: the adapter is the exact
@@ -42,7 +44,7 @@ ablated, **{q_steered}** steered.
 python benchmarks/directions_report.py --work work
 ```
 
-makes all of this page, and its parts are these commands:
+makes all of this page. Its parts are these commands, on the prompts that it writes to `work/`:
 
 ```text
 mlx-realign ablate --model MODEL --positive work/errands-train.txt --negative work/topics-train.txt \\
@@ -74,7 +76,7 @@ is too. The directions are from {direction} errands and topics each. {edited}
 | --- | --- | --- | --- | --- | --- | --- |
 {steering}
 
-{topics_all} held-out topics. The coefficient is times the mean difference at block {block} (4-bit: {q_block}, its own),
+{topics} held-out topics. The coefficient is times the mean difference at block {block} (4-bit: {q_block}, its own),
 which is {share:.0%} of the median length of a state there; it is added at every token. The block is the one that
 separates best below. KL(steered || base), nats: 95th percentile over the first 20 tokens of the base's replies to half
 of the topics. Prompt only: the system message "{system_message}", no steering.
@@ -125,8 +127,8 @@ LIMITS = """- The behaviour is counted by its words. What the model says instead
   errands, and without the apology it pretends to, or says something else. The samples show it.
 - A steered reply apologises and is seldom an answer to what was asked: the direction holds "this is an errand" too,
   not only the apology.
-- Quantised a second time, the model loops in one reply of eight before any edit, and 40 trials found no edit that takes
-  its apologies away as well as those of the float32 model.
+- Quantised a second time, the model loops in one reply of eight before any edit, and {trials} trials found no edit that
+  takes its apologies away and leaves its replies whole.
 - {model} is a small model; of larger ones nothing is said here."""
 
 
@@ -144,17 +146,19 @@ def page(result: Row, ablated: list[Row], steered: list[Row]) -> str:
     put_in = [row for row in steered if row["model"] == "float32"]
     flags = {f"--{name.replace('_', '-')}": value for name, value in one["ablation"]["options"].items()}
     options = " ".join(flag if value is True else f"{flag} {value}" for flag, value in flags.items())
-    shares = {name: [m["ablation"]["positive"]["behaviour"][when] for when in ("before", "after")]
-              for name, m in (("f", one), ("q", other))}  # fmt: skip
+    apologises, quantised = one["ablation"]["positive"]["behaviour"], other["ablation"]["positive"]
     return PAGE.format(
         model=result["model"],
         errand=errands[0]["prompt"],
         topic=put_in[0]["prompt"],
-        before=_rate(shares["f"][0]),
-        after=_rate(shares["f"][1]),
+        before=_rate(apologises["before"]),
+        after=_rate(apologises["after"]),
         kl=one["ablation"]["kl"]["first_token"],
-        q_before=_rate(shares["q"][0]),
-        q_after=_rate(shares["q"][1]),
+        q_before=_rate(quantised["marked"]["before"]),
+        q_after=_rate(quantised["marked"]["after"]),
+        q_broken=_rate(quantised["broken"]["after"]),
+        q_looped=_rate(quantised["broken"]["before"]),
+        chosen=f" and chosen on {one['ablation']['select'][0]} others" if one["ablation"]["kernel"] else "",
         steered=_rate(best["apologises"]),
         q_steered=_rate(q_best["apologises"]),
         coefficient=best["coefficient"],
@@ -162,10 +166,8 @@ def page(result: Row, ablated: list[Row], steered: list[Row]) -> str:
         system=_rate(system["apologises"]),
         errands=sizes["prompts"],
         topics=sizes["prompts"],
-        topics_all=sizes["prompts"],
         plain_prompts=sizes["plain"],
         fit=sizes["fit"],
-        train=result["train"],
         tokens=sizes["tokens"],
         short=sizes["steered"],
         markers=" or ".join(f'"{marker}"' for marker in result["markers"]),
@@ -193,10 +195,11 @@ def page(result: Row, ablated: list[Row], steered: list[Row]) -> str:
         errand_samples=before_after(errands),
         topic_samples=before_after(topics),
         steered_samples=at_coefficients(put_in),
-        limits=LIMITS.format(model=result["model"]),
+        limits=LIMITS.format(model=result["model"], trials=one["ablation"]["options"].get("trials", 0)),
     )
 
 
+KINDS = {"mlp": "MLPs"}
 PICKS = {"knee": "the knee of the front", "lowest": "the one that left the fewest apologies (at the least KL)"}
 
 
@@ -206,14 +209,14 @@ def edited(one: Row, other: Row) -> str:
         return " ".join(one["plan"])
     trials, select = one["options"]["trials"], one["select"][0]
     told = [
-        f"A search chose the edit: {trials} trials on {select} other errands and topics of the train side; taken is "
+        f"A search chose the edit: {trials} trials on {select} other errands and topics of those; taken is "
         f"{PICKS[one['options'].get('pick', 'knee')]}."
     ]
     for name, study in (("float32", one), ("4-bit", other)):
         kernel, edits = study["kernel"], study["edits"]
-        source = "its own block's direction" if kernel["source"] is None else f"that of block {kernel['source']:.1f}"
+        source = "their own block's direction" if kernel["source"] is None else f"that of block {kernel['source']:.1f}"
         tents = ", ".join(
-            f"{kind} up to {tent['max_weight']:.2f} times, most around block {tent['position']:.0f}"
+            f"at most {tent['max_weight']:.0%} of it in {KINDS.get(kind, kind)}, at block {tent['position']:.0f}"
             for kind, tent in kernel.items()
             if kind != "source" and tent["max_weight"] > 0
         )
@@ -303,10 +306,10 @@ def plots(result: Row, report: Path) -> None:
         at = [way["coefficient"] for way in ways]
         shares = [way["apologises"] for way in ways]
         ends = ([100 * one[end] for one in shares] for end in ("low", "high"))
-        broken = [100 * way["broken"]["value"] for way in ways]
         axes[0].plot(at, [100 * one["value"] for one in shares], color=color, marker="o", label=name)
         axes[0].fill_between(at, *ends, color=color, alpha=0.15, linewidth=0)
-        axes[0].plot(at, broken, color=color, linestyle=":", label=f"{name}, broken")
+        if any(broken := [100 * way["broken"]["value"] for way in ways]):
+            axes[0].plot(at, broken, color=color, linestyle=":", label=f"{name}, empty or looping")
         axes[1].plot(at, [way["kl_p95"] for way in ways], color=color, marker="o", label=name)
     prompt = result["models"]["float32"]["steering"]["ways"][-1]["apologises"]["value"]
     axes[0].axhline(100 * prompt, color="grey", linewidth=0.8, linestyle="--", label="prompt only")

@@ -63,7 +63,7 @@ def _as_mlx_lm_calls_it(
     *,
     otherwise: Callable[..., mx.array] | None,
 ) -> mx.array:
-    if attend := getattr(cache, "attend", None):
+    if attend := getattr(cache, "attend", None) or getattr(keys, "attend", None):  # keys of a layer that lends them
         return attend(queries, scale=scale, mask=mask, sinks=sinks)
     if otherwise is None or hasattr(cache, "bits"):  # a quantised cache holds tuples
         from mlx_lm.models.base import scaled_dot_product_attention

@@ -87,6 +87,8 @@ def ablate(
     afterwards (`fuse=True`: in its weights), next to one that it had; `policy.adapter_off()` is the base. Raises
     UserError as the command does.
     """
+    if not isinstance(policy, Policy):
+        raise UserError("ablate takes a policy: mlx_realign.Policy.load(folder), which holds the model as `model`.")
     fields = {name: field for name, field in flags.fields_of(Settings).items() if name not in COMMAND_ONLY}
     if unknown := next((name for name in options if name not in fields), None):
         raise UserError(f"ablate has no setting {unknown!r}.{flags.nearest(unknown, fields)}")
@@ -294,15 +296,19 @@ def dry_run(
     extracted: Extracted, writers: list[Writer], lines: list[str], settings: Settings, show: Callable[..., Any]
 ) -> dict[str, Any]:
     """Print the plan; returns it."""
-    for position, separations in extracted.separations.items():
-        show(f"states of {planning.said(position)}", highlight=False)
-        show(steerability.table(separations))
+    each = extracted.separations
+    best = max(each, key=lambda position: steerability.apart(steerability.at_best(each[position])))
+    show(f"states of {planning.said(best)}, where the sets are furthest apart", highlight=False)
+    show(steerability.table(each[best]))
+    for position in each:
+        if position != best:
+            show(f"{planning.said(position)}: {steerability.line(each[position])}", highlight=False, soft_wrap=True)
     edits = edit.plan(writers, np.eye(1, extracted.states[next(iter(extracted.states))][0].shape[-1])[0])
     if left := edit.bias_left(extracted.policy, edits):
         lines.append(f"{len(left)} writers have a bias, which only --fuse edits")
     for line in [*lines, "nothing was written (--dry-run)"]:
         show(line, highlight=False, markup=False)
-    told = {str(p): [dataclasses.asdict(s) for s in some] for p, some in extracted.separations.items()}
+    told = {str(p): [dataclasses.asdict(s) for s in some] for p, some in each.items()}
     plan = [{"path": w.path, "block": w.block, "kind": w.kind, "gain": w.gain is not None} for w in writers]
     return _plain({"settings": dataclasses.asdict(settings), "plan": lines, "writers": plan, "separations": told})
 

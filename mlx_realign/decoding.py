@@ -12,11 +12,12 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from .forward import record, windows
+from .forward import layers_of, record, windows
 from .kernels.grouped_attention import Groups, fused
 from .policy import Policy
 from .sampling import Sampling, pick
 
+EXACT, ROUGH = 1e-3, 0.05  # relative, of hidden states in float32 and in shorter floats
 COLUMNS = 64  # own keys and values grow by this many tokens at least
 PREFILL_TOKENS = 8192  # padded tokens of prompts that are computed together
 
@@ -46,6 +47,7 @@ class Board:
         self.column = 0  # own columns written before this step
         self.held = np.zeros(0, np.int32)  # [B] how many of them are a row's own
         self.grouped = True  # whether attention reads prompts once (`GroupCache.attend`), or copies them to each row
+        self.lent = False  # whether layers without a cache use keys and values of others (Gemma 4 E2B)
         self.asked: set[int | None] = set()  # windows that the model's layers have
         self.at: mx.array | None = None  # int32 [1]: a compiled step gets its column as data, and all are looked at
 
@@ -133,8 +135,8 @@ class GroupCache:
         else:
             for own, new in zip(self.own, (keys, values), strict=True):
                 own[:, :, column : column + 1] = new
-        if self.board.grouped:
-            return keys, values  # `attend` reads what it needs
+        if self.board.grouped:  # `attend` reads what it needs: a layer that is lent these asks them for it
+            return (self, self) if self.board.lent else (keys, values)  # type: ignore[return-value]
         seen, rows = self._seen(), self.board.groups.row_prompt
         return tuple(mx.concatenate([a[rows], b], 2) for a, b in zip(self.prompt, seen, strict=True))  # type: ignore[return-value]
 
@@ -155,7 +157,7 @@ class Decoder:
 
     def __init__(self, policy: Policy, sampling: Sampling) -> None:
         self.policy, self.sampling, self.board = policy, sampling, Board()
-        self.board.grouped = grouped(policy)
+        self.board.grouped, self.board.lent = grouped(policy), lends(policy)
         self.caches = [GroupCache(self.board, window) for window in windows(policy.model)]
         self.seen: mx.array | None = None
         self.compiled = mx.compile(self._compute, inputs=[policy.model.state]) if policy.compiled else None
@@ -289,20 +291,38 @@ def _joined(old: dict[str, mx.array], stay: mx.array, made: dict[str, mx.array],
     return {name: mx.concatenate([part[name] for part in parts]) for name in (parts[0] if parts else ())}
 
 
+def lends(policy: Policy) -> bool:
+    """Whether some layers have no keys and values of their own."""
+    return len(layers_of(policy.model)) > len(windows(policy.model))
+
+
 def grouped(policy: Policy) -> bool:
     """Whether this model's attention goes through the function that lets rows share a prompt; found out once."""
     if policy.groups_rows is None:
-        board, model = Board(), policy.model
-        caches = [GroupCache(board, window) for window in windows(model)]
-        recorders = record(model, mx.array([0]), 2)
-        policy.body.hidden(mx.array([[1, 2]]), recorders)
-        for cache, recorder in zip(caches, recorders, strict=True):
-            cache.prompt = recorder.kv
-        board.width, board.held = 2, np.zeros(1, np.int32)
-        board.arrange([Row(np.array([1, 2, 3], np.int32), 0, np.zeros(1))], [0], np.zeros(1, np.int32))
-        board.begin()
-        for cache in caches:
-            cache.reserve()
-        policy.body.hidden(mx.array([[3]]), caches)
-        policy.groups_rows = all(cache.attended for cache in caches)
+        try:
+            (alone, _), (together, attended) = _probe(policy, False), _probe(policy, True)
+        except (AttributeError, TypeError):  # it computes with keys that are lent
+            policy.groups_rows = False
+        else:
+            near = ROUGH if policy.dtype != mx.float32 else EXACT
+            off = mx.linalg.norm(together - alone) / mx.linalg.norm(alone)
+            policy.groups_rows = attended and float(off) < near
     return policy.groups_rows
+
+
+def _probe(policy: Policy, on: bool) -> tuple[mx.array, bool]:
+    """Hidden states of one token behind a prompt, and whether every cache was asked to attend."""
+    board, model = Board(), policy.model
+    board.grouped, board.lent = on, lends(policy)
+    caches = [GroupCache(board, window) for window in windows(model)]
+    recorders = record(model, mx.array([0]), 2)
+    policy.body.hidden(mx.array([[1, 2]]), recorders)
+    for cache, recorder in zip(caches, recorders, strict=True):
+        cache.prompt = recorder.kv
+    board.width, board.held = 2, np.zeros(1, np.int32)
+    board.arrange([Row(np.array([1, 2, 3], np.int32), 0, np.zeros(1))], [0], np.zeros(1, np.int32))
+    board.begin()
+    for cache in caches:
+        cache.reserve()
+    hidden = policy.body.hidden(mx.array([[3]]), caches)
+    return hidden.astype(mx.float32), all(cache.attended for cache in caches)

@@ -8,10 +8,12 @@ applied elsewhere, in chunks, to those that are asked for.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx.utils import tree_map
 from mlx_lm.models.cache import KVCache, RotatingKVCache, make_prompt_cache
 
 from . import balance, taps
@@ -166,6 +168,13 @@ def uncheckpoint_layers(model: nn.Module) -> None:
         layer.__class__ = getattr(type(layer), "checkpointed_from", type(layer))
 
 
+@dataclass
+class _Given:
+    """In the place of an array that a layer is called with."""
+
+    index: int
+
+
 def _checkpointed(base: type) -> type:
     class Checkpointed(base):  # a subclass: parameter paths stay as they are
         checkpointed_from = base
@@ -175,19 +184,35 @@ def _checkpointed(base: type) -> type:
             if cache is not None and not isinstance(cache, PromptRecorder | PromptReader):
                 return base.__call__(self, x, *args, **kwargs)  # decoding keeps its own cache
             recording = isinstance(cache, PromptRecorder)
+            given: list[mx.array] = []  # what else comes from below: keys and values that a layer is lent, say
 
-            def run(parameters: dict[str, Any], x: mx.array, *kv: mx.array) -> tuple[Any, ...]:
+            def place(value: Any) -> Any:
+                if not (isinstance(value, mx.array) and mx.issubdtype(value.dtype, mx.floating)):
+                    return value
+                given.append(value)
+                return _Given(len(given) - 1)
+
+            left_out = tree_map(place, (args, kwargs))
+
+            def run(parameters: dict[str, Any], x: mx.array, given: list[mx.array], *kv: mx.array) -> tuple[Any, ...]:
                 own = _copy(cache, kv)
-                swap = lambda value: own if value is cache and cache is not None else value  # noqa: E731
+
+                def swap(value: Any) -> Any:
+                    return given[value.index] if isinstance(value, _Given) else own if value is cache else value
+
+                args, kwargs = tree_map(swap, left_out)
                 kept = self.trainable_parameters()
                 self.update(parameters)
                 with balance.listening() as heard:
-                    out = base.__call__(self, x, *map(swap, args), **{k: swap(v) for k, v in kwargs.items()})
+                    out = base.__call__(self, x, *args, **kwargs)
                 self.update(kept)
-                return out, own.kv if recording else (), tuple(heard)
+                kept_kv = own.kv if recording else ()
+                if isinstance(out, tuple):  # it may hold them too, and an array that is given twice gets one gradient
+                    kept_kv = tuple(mx.contiguous(x) for x in kept_kv)
+                return out, kept_kv, tuple(heard)
 
             kv = cache.kv if isinstance(cache, PromptReader) else ()
-            out, kv, heard = mx.checkpoint(run)(self.trainable_parameters(), x, *kv)
+            out, kv, heard = mx.checkpoint(run)(self.trainable_parameters(), x, given, *kv)
             if recording:
                 cache.kv = kv
             balance.tell(heard)

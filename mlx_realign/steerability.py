@@ -88,7 +88,12 @@ def report(
 
 
 def best(separations: Sequence[Separation]) -> int:
-    """The block to use where nobody says: the largest held-out d' among the first four fifths of the blocks.
+    """The block to use where nobody says: that of `at_best`."""
+    return at_best(separations).block
+
+
+def at_best(separations: Sequence[Separation]) -> Separation:
+    """The one with the largest held-out d' among the first four fifths of the blocks.
 
     The last one is taken only where there is no other, embeddings where there is no block. Late blocks separate
     well, by the token that comes next; what acts there comes too late to change the answer.
@@ -96,14 +101,17 @@ def best(separations: Sequence[Separation]) -> int:
     depth = max(s.block for s in separations) + 1
     blocks = [s for s in separations if s.block >= 0] or list(separations)
     early = [s for s in blocks if s.block < min(EARLY * depth, depth - 1)] or blocks
-    key = lambda s: (-math.inf if math.isnan(s.d_prime) else s.d_prime, s.share)  # noqa: E731
-    return max(early, key=key).block
+    return max(early, key=apart)
+
+
+def apart(s: Separation) -> tuple[float, float]:
+    """What is large where the sets are told apart well."""
+    return (-math.inf if math.isnan(s.d_prime) else s.d_prime, s.share)
 
 
 def warn(separations: Sequence[Separation]) -> str | None:
     """One line where the prompts cannot carry a direction, with the numbers that say so; None where they can."""
-    at = best(separations)
-    s = next(s for s in separations if s.block == at)
+    s = at_best(separations)
     reasons = []
     if min(s.positives, s.negatives) < FEW:
         reasons.append(f"few prompts ({s.positives} positive, {s.negatives} negative; {FEW} of each are the least)")
@@ -111,26 +119,27 @@ def warn(separations: Sequence[Separation]) -> str | None:
     wide = NormalDist().inv_cdf(1 - 0.025 / len(separations))
     lowest = mann_whitney(s.auroc.value, s.positives // 2, s.negatives // 2, wide).low
     measured = f"held-out AUROC {_said(s.auroc)}"
-    if not lowest > 0.5:
+    if math.isnan(s.auroc.value):
+        reasons.append("too few to hold any out")
+    elif not lowest > 0.5:
         reasons.append(f"{measured} is no more than chance gives the best of {len(separations)} blocks")
     elif s.auroc.value < WEAK_AUROC:
         reasons.append(f"{measured} is below {WEAK_AUROC}")
     what, least = ("pairs", WEAK_PAIRS) if s.paired else ("random halves", WEAK_HALVES)
-    if not s.agreement.value >= least or not s.agreement.low > 0:
+    if s.agreement.value < least or (s.agreement.low <= 0 and not math.isnan(s.agreement.value)):
         reasons.append(f"{what} agree little on it: cosine {_said(s.agreement)}, {least} is the least")
     if not reasons:
         return None
     said = "; ".join(reasons)
-    return f"these prompts hardly carry a direction (best block {at}): {said}. More and clearer ones help."
+    return f"these prompts hardly carry a direction (best block {s.block}): {said}. More and clearer ones help."
 
 
 def summary(separations: Sequence[Separation]) -> dict[str, Any]:
     """The best block in plain values, as a direction's file keeps it (`About.measured`)."""
-    at = best(separations)
-    s = next(s for s in separations if s.block == at)
+    s = at_best(separations)
     plain = lambda x: round(x, 4) if math.isfinite(x) else None  # noqa: E731
     return {
-        "best_block": at,
+        "best_block": s.block,
         "share_of_median_norm": plain(s.share),
         "pair_agreement" if s.paired else "half_agreement": [plain(x) for x in s.agreement],
         "d_prime": plain(s.d_prime),
@@ -251,15 +260,23 @@ def _cosines(one: np.ndarray, other: np.ndarray) -> np.ndarray:
 def table(separations: Sequence[Separation]) -> Table:
     """One line per block for the terminal, the best one marked."""
     at = best(separations)
-    shown = Table(box=box.SIMPLE)
+    shown = Table(box=box.SIMPLE, pad_edge=False, collapse_padding=True)  # within 80 columns
     agree = "pairs agree" if separations[0].paired else "halves agree"
     for name in ("block", "norm", "of median", agree, "d'", "AUROC"):
         shown.add_column(name, justify="right", no_wrap=True)
     for s in separations:
-        numbers = (f"{s.norm:.3g}", f"{s.share:.1%}", _said(s.agreement), f"{s.d_prime:.2f}", _said(s.auroc))
+        apart = "-" if math.isnan(s.d_prime) else f"{s.d_prime:.2f}"
+        numbers = (f"{s.norm:.3g}", f"{s.share:.1%}", _said(s.agreement), apart, _said(s.auroc))
         mark = "> " if s.block == at else ""
         shown.add_row(f"{mark}{s.block}", *numbers, style="bold" if mark else "")
     return shown
+
+
+def line(separations: Sequence[Separation]) -> str:
+    """The best block in words."""
+    s = at_best(separations)
+    agree = "pairs agree" if s.paired else "halves agree"
+    return f"block {s.block} best, {agree} {_said(s.agreement)}, d' {s.d_prime:.2f}, AUROC {_said(s.auroc)}"
 
 
 def plot(separations: Sequence[Separation], path: str | Path) -> None:
@@ -269,6 +286,7 @@ def plot(separations: Sequence[Separation], path: str | Path) -> None:
     """
     try:
         from matplotlib.figure import Figure
+        from matplotlib.ticker import MaxNLocator
     except ImportError:
         raise UserError("plots need matplotlib: pip install 'mlx-realign[plots]'") from None
     blocks, at = [s.block for s in separations], best(separations)
@@ -289,6 +307,7 @@ def plot(separations: Sequence[Separation], path: str | Path) -> None:
         axis.plot(blocks, middle, marker="o", markersize=3)
         axis.axhline(chance, color="grey", linewidth=0.8)
         axis.axvline(at, color="grey", linewidth=0.8, linestyle=":")
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         axis.set_title(name, fontsize=10)
     for axis in axes[1]:
         axis.set_xlabel(f"block (best: {at})")
@@ -299,4 +318,5 @@ def plot(separations: Sequence[Separation], path: str | Path) -> None:
 
 
 def _said(interval: Interval) -> str:
-    return f"{interval.value:.2f} ({interval.low:.2f} to {interval.high:.2f})"
+    """-: too few prompts to say."""
+    return "-" if math.isnan(interval.value) else f"{interval.value:.2f} ({interval.low:.2f} to {interval.high:.2f})"

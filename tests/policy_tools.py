@@ -44,6 +44,16 @@ EXTRAS: dict[str, dict[str, Any]] = {
         "no_rope_layers": [1, 1],
         "use_qk_norm": True,
     },  # multiplies by its embedding's weight: no module is the head
+    "gemma4_text": {
+        "num_hidden_layers": 4,
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+        "num_kv_shared_layers": 2,
+        "global_head_dim": 16,
+        "hidden_size_per_layer_input": 16,
+        "vocab_size_per_layer_input": VOCAB_SIZE,
+        "use_double_wide_mlp": False,
+        **WINDOW,
+    },  # the upper layers have no keys, values and cache of their own, as in Gemma 4 E2B and E4B
 }
 ALL = [*ARCHITECTURES, *EXTRAS]
 HYBRIDS = ("mamba2", "lfm2")

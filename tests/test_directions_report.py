@@ -109,6 +109,14 @@ def test_the_edit_leaves_nothing_but_what_its_weight_says():
     assert 0.8 < RESULT["cosine"] <= 1
 
 
+def test_the_readme_has_its_numbers():
+    [line] = [line for line in (ROOT / "README.md").read_text().splitlines() if "docs/directions-report.md" in line]
+    sides = {model: RESULT["models"][model]["ablation"]["positive"] for model in MODELS}
+    wanted = [sides["float32"]["behaviour"][when] for when in ("before", "after")]
+    wanted += [sides["4-bit"]["marked"][when] for when in ("before", "after")]
+    assert re.findall(r"\d+%", line) == [f"{one['value']:.0%}" for one in [*wanted, sides["4-bit"]["broken"]["after"]]]
+
+
 def test_the_page_is_made_from_the_result(tmp_path: Path):
     report = tmp_path / "directions-report"
     report.mkdir()

@@ -75,7 +75,7 @@ def test_without_a_completion_the_model_answers(policy, folder, capsys):
     said = "".join(token["text"] for token in facts["tokens"] if token["part"] == "completion")
     assert said.removesuffix("<|im_end|>") == rollout.complete(policy, [talk], max_new_tokens=128)[0]
     out = run(capsys, "monitor", *words)
-    assert prompt in out and "0 = negative mean, 1 = positive mean" in out
+    assert prompt in out and "0 (blue) = negative mean, 1 (red) = positive mean" in out
 
 
 def test_colours_go_from_blue_by_grey_to_red():

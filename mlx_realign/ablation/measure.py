@@ -228,6 +228,11 @@ def remarks(found: Measured, bench: Bench) -> list[str]:
         lines.append(
             f"only {old.failed.mean():.0%} of the positives showed the behaviour before: check --markers and prompts"
         )
+    if new.failed.mean() > old.failed.mean() / 2:
+        lines.append(
+            f"most of the behaviour is still there: {new.failed.mean():.0%} of the held-out positives, "
+            f"{old.failed.mean():.0%} before. More or other prompts, --block auto, --rank 3 or --search may find more"
+        )
     if bench.max_new_tokens < LEAST_TOKENS:
         lines.append(f"completions have at most {bench.max_new_tokens} tokens: a behaviour that comes later is missed")
     if new.broken.mean() > old.broken.mean() + 0.05 or others.broken.mean() > found.before[1].broken.mean() + 0.05:

@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from rich import box
 from rich.table import Table
 
 from ..errors import UserError
 from .kernel import Kernel
-from .scorers import Asked, Given, Markers, Scorer
+from .scorers import Asked, Divergence, Given, Judged, Markers, Scorer
 
 POWER = 1.7  # of an edit's strength that its KL grows with: measured 1.4 to 2.0; 2 is what small ones tend to
 NARROW = 0.02  # gaps of the front that are not worth a trial
@@ -125,7 +126,17 @@ def table(trials: Sequence[Trial], scorers: Sequence[Scorer], base: Sequence[flo
     """The front for the terminal, the unedited model first; the chosen trial is marked."""
     columns = [scorer.name for scorer in scorers]
     kinds = list(dict.fromkeys(name for trial in trials for name in trial.kernel.tents))
-    made = Table("trial", *columns, "direction of", *kinds, title="no other trial is better in everything")
+    made = Table(
+        "trial",
+        *columns,
+        "direction of",
+        *kinds,
+        box=box.SIMPLE_HEAD,
+        title="Pareto front: no other trial is better in everything",
+        title_justify="left",
+        caption="attention, mlp: weight at the top of a tent, in which block; at its edges, how far away",
+        caption_justify="left",
+    )
     cells = [scorer.told(score) for scorer, score in zip(scorers, base, strict=True)]
     made.add_row("unedited", *cells, "", *("" for _ in kinds), end_section=True)
     rows = front(trials, scorers)
@@ -138,6 +149,18 @@ def table(trials: Sequence[Trial], scorers: Sequence[Scorer], base: Sequence[flo
         mark = f"{trial.number} <-" if trial is chosen else str(trial.number)
         made.add_row(mark, *cells, source, *tents, style="bold" if trial is chosen else "")
     return made
+
+
+def _label(scorer: Scorer) -> str:
+    """Of an axis: what is counted, on how many prompts."""
+    if isinstance(scorer, Asked):
+        wrong = "wrong" if isinstance(scorer, Judged) and scorer.right else "shown"
+        named = "shown, or broken" if isinstance(scorer, Markers) else f"{scorer.name}: share {wrong}"
+        return f"{named}, of {len(scorer.prompts)} replies"
+    if isinstance(scorer, Divergence):
+        tokens = "first token" if scorer.tokens == 1 else f"first {scorer.tokens} tokens"
+        return f"KL of the {tokens}, nats, {len(scorer.prompts)} prompts (below {scorer.finest:g} drawn there)"
+    return scorer.name
 
 
 def _tent(kernel: Kernel, name: str) -> str:
@@ -171,7 +194,7 @@ def plot(
         axes.scatter(*points[chosen.number], label=f"trial {chosen.number}", **star)
     if all(second > 0 for second, _ in points.values()):
         axes.set_xscale("log")
-    axes.set(xlabel=scorers[1].name, ylabel=scorers[0].name)
+    axes.set(xlabel=_label(scorers[1]), ylabel=_label(scorers[0]))
     axes.legend()
     figure.tight_layout()
     figure.savefig(path, dpi=120)

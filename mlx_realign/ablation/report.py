@@ -82,8 +82,9 @@ def along(found: Measured) -> str:
     a = found.along
     return (
         "On the direction, where it was taken from, with the negatives' mean at 0 and the positives' at 1 before: the "
-        f"positives stand at {a['positives_after']:.2f} after, the negatives at {a['negatives_after']:.2f}. Far below "
-        "0 the edit has gone too far."
+        f"positives stand at {a['positives_after']:.2f} after, the negatives at {a['negatives_after']:.2f}. Negatives "
+        "far from 0, or positives far below it, are damage. Positives may stay near 1 where weights are partial or "
+        "each block loses its own direction: the rates say whether the behaviour is gone."
     )
 
 
@@ -95,8 +96,9 @@ def left(found: Measured) -> str:
     blocks = max(found.blocks.values(), default=0.0)
     return (
         f"Of what a writer gives along the direction, at most {found.leaks[worst]:.2g} is left (`{worst}`); of what a "
-        f"whole block adds to the stream, at most {blocks:.2g} lies along it (a weight w leaves |1 - w|). Over random "
-        "tokens, root mean square. Token embeddings are left alone."
+        f"whole block adds to the stream, at most {blocks:.2g} lies along it. At weight 1 that is rounding; a weight w "
+        "leaves |1 - w| in the first writer, and about as much in later ones, which read what the edits before them "
+        "changed. Over random tokens, root mean square. Token embeddings are left alone."
     )
 
 

@@ -44,11 +44,11 @@ class Settings:
     winsorise: float = 1.0
     """Clamp each state to this quantile of its entries first (0.995 for models with outliers); 1 is off."""
     prefix: bool = True
-    """Look for a prefix that all completions begin with, and take states behind it."""
+    """Take states at the end of the prompts, although all completions may begin alike."""
     position: str = "auto"
     """Where states are taken: last (prompt token), -3, mean (over the model's completions), or auto: the best."""
     block: str = "auto"
-    """Whose direction is removed everywhere: 12, auto (the best one), or per-block: each block its own."""
+    """Whose direction is removed: 12, from all writers; per-block, each block its own; auto: whichever leaves less."""
     weight: str = "auto"
     """How much of it: 1 all; above 1 makes up for embeddings, which are left alone; auto: the least that suffices."""
     attention_weight: float = 1.0
@@ -60,13 +60,13 @@ class Settings:
     blocks: str | None = None
     """Edit only these blocks: 12, 8-20 or 3,5,7-9."""
     writers: tuple[str, ...] = ()
-    """Names of more layers that write to the stream, where the model has some that were not found."""
+    """Names of more layers that add to the residual stream, where some of the model's were not found."""
     variant: Variant = "plain"
     """projected, biprojected: without the negatives' mean; row-norm, column-norm: norms kept; affine: mean kept."""
     extra_rank: int = 16
     """Ranks by which an adapter comes near a variant that is of full rank; the error is told."""
     max_kl: float | None = None
-    """Nats: most KL on the negatives that auto takes, 0.1 by default; a trial of the search above it is left."""
+    """Nats on the negatives: auto (0.1) takes more only if all have more; a search tries such a trial again, weaker."""
     search: bool = False
     """Search weights by block with Optuna (extra `search`) instead of one weight for all."""
     trials: int = 200
@@ -74,7 +74,7 @@ class Settings:
     scorers: tuple[str, ...] = ("markers", "kl")
     """What the search makes small: markers, kl, kl:8, perplexity:FILE, accuracy:FILE:VERIFIER, path.py:function."""
     pick: str = "knee"
-    """Which trial of the front: knee, best-kl, lowest (the first score), or its number."""
+    """Which of the trials that no other beats: knee (best compromise), best-kl, lowest (first score), or a number."""
     journal: str | None = None
     """File that a search goes on from; default: OUTPUT.search.jsonl beside the output."""
     max_new_tokens: int = 100
@@ -106,7 +106,7 @@ class Settings:
     dry_run: bool = False
     """Print the plan and how well each block separates the sets; write nothing."""
     json: bool = False
-    """Print one JSON object instead of tables."""
+    """Print one JSON object; tables go to standard error."""
 
 
 def check(settings: Settings, *, writes: bool = True) -> None:

@@ -15,6 +15,7 @@ import itertools
 import threading
 import zlib
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -22,7 +23,7 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten
 
-from .. import taps
+from .. import fingerprint, taps, vectors
 from ..errors import UserError
 from ..policy import Policy
 from ..taps import Place
@@ -33,29 +34,45 @@ from .where import Pass
 
 _serials = itertools.count()
 
+Given = Steer | Direction | str | Path  # a path: the file of a direction
+
 
 def steer(
     model: Policy | nn.Module,
-    *steers: Steer | Direction,
-    rows: Sequence[Sequence[Steer | Direction]] | None = None,
+    *steers: Given,
+    rows: Sequence[Sequence[Given]] | None = None,
     prompt_length: int | Sequence[int] | None = None,
     **changes: Any,
 ) -> "Steering":
     """Steer a model until the context ends, or until `remove`.
 
-    steers: for all rows, applied in this order; a direction is used as its file means it to be (`Steer.of`). rows: for
-    rows of variant i, after those, rows[i]; rows come with a variant in `rollout(..., variants=)` and within
-    `taps.tell(variant=)`, others have 0. changes: fields of Steer, for all that are given. prompt_length: tokens of
-    each row's prompt, where neither our caches nor `taps.tell` know them and positions or a condition ask for them.
-    Raises UserError for what does not fit the model, or one another.
+    steers: for all rows, applied in this order; a direction, or the path of its file, is used as the file means it to
+    be (`Steer.of`). rows: for rows of variant i, after those, rows[i]; rows come with a variant in
+    `rollout(..., variants=)` and within `taps.tell(variant=)`, others have 0. changes: fields of Steer, for all that
+    are given. prompt_length: tokens of each row's prompt, where neither our caches nor `taps.tell` know them and
+    positions or a condition ask for them. Raises UserError for what does not fit the model, or one another.
     """
-    common = [Steer.of(one, **changes) for one in steers]
-    more = [[Steer.of(one, **changes) for one in row] for row in rows] if rows is not None else [[]]
+
+    def made(given: Given) -> Steer:
+        return Steer.of(_loaded(given, model) if isinstance(given, str | Path) else given, **changes)
+
+    common = [made(one) for one in steers]
+    more = [[made(one) for one in row] for row in rows] if rows is not None else [[]]
     if not any([*common, *row] for row in more):
         raise UserError("steer: no direction is given.")
     return Steering(
         model.model if isinstance(model, Policy) else model, [[*common, *row] for row in more], prompt_length
     )
+
+
+def _loaded(file: str | Path, model: Policy | nn.Module) -> Direction:
+    """UserError where it is for another model."""
+    if isinstance(model, Policy):
+        return vectors.load(file, policy=model)
+    direction = vectors.load(file)
+    if direction.about.base_hash not in (None, "", fingerprint.base(model)):
+        raise UserError(f"{file}: was made on other weights than this model's. vectors.load(file) takes it as it is.")
+    return direction
 
 
 class Slot:

@@ -154,7 +154,7 @@ def gguf(policy: Policy, added: dict[int, np.ndarray], output: Path, expected: m
     with gone_if_wrong(output), steer(policy, vectors.load(output, policy=policy)):
         told = verified(policy, expected, effect)
     blocks = vectors.spans(written)
-    return [f"wrote {output}: blocks {blocks}", told, f"run it: llama-cli --control-vector {output}"]
+    return [f"wrote {output}: blocks {blocks}", told, f"run it: llama-cli -m MODEL.gguf --control-vector {output}"]
 
 
 @contextmanager

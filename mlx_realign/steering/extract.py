@@ -72,9 +72,9 @@ class Settings(ModelFlags):
     positions: str = "all"
     """Tokens it is meant to act on: all, prompt, generated, last or start:stop."""
     calibrate: bool = True
-    """Do not look for the coefficient at which 95% of tokens move by at most --kl-budget."""
+    """Do not look for the coefficient that meets --kl-budget."""
     kl_budget: float = 1.0
-    """Nats: KL to the model without it, per token of 20 greedy ones."""
+    """Nats: KL to the model without it, 95th percentile over 20 greedy tokens of each prompt (met to within 5%)."""
     max_new_tokens: int = 64
     """--position mean: most tokens of the completions made where the data has none."""
     json: bool = False

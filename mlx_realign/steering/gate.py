@@ -135,7 +135,10 @@ def table(found: Fit) -> Table:
 def remarks(found: Fit, output: str) -> list[str]:
     """What is to be known beside the table."""
     best = next(point for point in found.table if point.block == found.condition.block)
-    lines = [f"steers prompts {best.sense} {best.threshold:.3g} at block {best.block}, by prompts not in the direction"]
+    lines = [
+        f"steers prompts {best.sense} {best.threshold:.3g} at block {best.block}; the threshold is from other prompts "
+        "than the direction"
+    ]
     if best.f1 < CLEAR:
         lines.append(f"warning: F1 is only {best.f1:.2f}: these sets differ little at their last token")
     use = f"mlx-realign steer generate --steer DIRECTION --condition {output}"

@@ -156,12 +156,15 @@ def show(found: dict[str, Any], console: Console) -> None:
     for token, value in zip(found["tokens"], (values - low) / (high - low), strict=True):
         text.append(token["text"], style=colour(float(value)))
     console.print(text)
-    unit = "0 = negative mean, 1 = positive mean" if found["normalised"] else "units of the residual stream"
+    unit = "0 (blue) = negative mean, 1 (red) = positive mean" if found["normalised"] else UNIT
     names = {"prompt_mean": "prompt", "last_prompt_token": "its last token", "completion_mean": "completion"}
     means = ", ".join(f"{label} {found[name]:.2f}" for name, label in names.items())
     console.print(
         f"block {found['block']}, {unit}: {means}; from {values.min():.2f} to {values.max():.2f}", markup=False
     )
+
+
+UNIT = "units of the residual stream, the lowest blue, the highest red"
 
 
 def colour(value: float) -> str:

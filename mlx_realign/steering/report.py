@@ -48,7 +48,7 @@ def remarks(found: "Extracted", settings: "Settings", contrast: Contrast, policy
         share = about.coefficient * direction.norm(about.blocks[0]) / direction.median_norm[about.blocks[0]]
         lines.append(
             f"coefficient {about.coefficient:.3g}, {share:.0%} of the median state there: 95% of tokens move "
-            f"by at most {found.calibration.kl:.2f} nats"
+            f"by at most {found.calibration.kl:.2f} nats (asked for: {settings.kl_budget:g})"
         )
         if not found.calibration.reached:
             lines.append(
@@ -76,7 +76,9 @@ def extraction(found: "Extracted", settings: "Settings", contrast: Contrast, pol
     if plot:
         parts.append(f"![separation by block]({plot.name})")
     if found.calibration:
-        parts.append(f"## Strength: the coefficient at which 95% of tokens move by {settings.kl_budget:g} nats")
+        parts.append(
+            f"## Strength: the coefficient at which 95% of tokens move by about {settings.kl_budget:g} nats at most"
+        )
         tried = [[f"{one.coefficient:.4g}", *(f"{x:.3f}" for x in one[1:])] for one in found.calibration.table]
         parts.append(table(["coefficient", "KL per token: 95th percentile", "mean", "largest"], tried))
         parts.append(f"KL(steered || base) in nats over {found.calibration.tokens} tokens that the base model says.")

@@ -207,10 +207,10 @@ def write(source: Path | sources.Rows, scored: list[Scored], output: Path, setti
 def show(found: dict[str, Any], source: Path | sources.Rows, scored: list[Scored], console: Console) -> None:
     """The rows at both ends, and the spread."""
     order = sorted(scored, key=lambda one: -one.scores[0])
-    ends = {"highest": order[:SHOWN], "lowest": order[-SHOWN:][::-1]}
+    ends = {"highest": order[:SHOWN], "lowest": order[SHOWN:][-SHOWN:][::-1]}
     wanted = {one.line for end in ends.values() for one in end}
     texts = {line: row for line, row in sources.read(source) if line in wanted}
-    for name, end in ends.items():
+    for name, end in ((name, end) for name, end in ends.items() if end):
         console.print(f"{name}:")
         for one in end:
             text = json.dumps(texts[one.line], ensure_ascii=False)
