@@ -14,7 +14,7 @@ import numpy as np
 from mlx_lm.generate import BatchGenerator
 from mlx_lm.sample_utils import make_logits_processors, make_sampler
 
-from . import blas, data
+from . import blas, data, taps
 from .decoding import Decoder, Row
 from .errors import UserError
 from .policy import Policy
@@ -50,6 +50,7 @@ def rollout(
     variants: for each prompt the configuration that taps on the model (steering, say) apply to it.
     """
     blas.set_threads(1 if policy.parameters < SMALL else cores())
+    _check(policy, prompts, variants)
     try:
         asked = policy, [np.array(p, np.int32) for p in prompts], sampling, group_size, seed
         if policy.sharing:
@@ -62,6 +63,14 @@ def rollout(
             return _alone(*asked, 1)
     finally:
         blas.set_threads(cores())
+
+
+def _check(policy: Policy, prompts: Sequence[Any], variants: Sequence[int] | None) -> None:
+    if variants is not None and len(variants) != len(prompts):
+        raise UserError(f"{len(variants)} variants for {len(prompts)} prompts: give one for each.")
+    count = taps.variants(policy.model)
+    if count and (beyond := [one for one in variants or () if not 0 <= one < count]):
+        raise UserError(f"there is no variant {beyond[0]}: there are {count}, from 0.")
 
 
 def complete(

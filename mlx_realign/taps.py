@@ -60,6 +60,7 @@ def anywhere(tap: Tap) -> Tap:
 class _Now(threading.local):
     place: Place = NOWHERE
     told: dict[str, mx.array | None] = {}
+    counted: tuple[Any, Any] | None = None  # a cache that counts tokens and what it had counted, as the blocks began
 
 
 _now = _Now()
@@ -88,8 +89,7 @@ class Handle:
     def remove(self) -> None:
         """Take it off; twice does nothing."""
         for module, kind, tap in self.places:
-            taps = module._taps[kind]
-            taps[:] = [one for one in taps if one is not tap]
+            module._taps[kind].remove(tap)  # one of it: others may have put the same
             tapped = hasattr(type(module), "tapped_by_taps")
             if tapped and not any(module._taps.values()):
                 object.__delattr__(module, "_taps")
@@ -111,10 +111,12 @@ def put(model: nn.Module, path: str, tap: Tap, *, before: bool = False) -> Handl
     places = [(modules[path], "before" if before else "after", tap)]
     if path != block:  # the block says where in the text its layers are
         places.append((modules[block], "inside", tap))
+    makers = {id(modules[block]): _block, id(stack := modules[".".join(block.split(".")[:-2])]): _stack}
+    places.append((stack, "inside", tap))  # and what runs the blocks, where one has no cache that counts
     for module, kind, _ in places:
         if not hasattr(type(module), "tapped_by_taps"):
             object.__setattr__(module, "_taps", {"before": [], "after": [], "inside": []})
-            module.__class__ = _tapped(type(module), is_block=module is modules[block])
+            module.__class__ = _tapped(type(module), makers.get(id(module), _layer))
         module._taps[kind].append(tap)
     return Handle(places)
 
@@ -124,13 +126,23 @@ def blocks(model: nn.Module) -> list[str]:
     return blocks_of(model)
 
 
-def hold(model: nn.Module, arrays: dict[str, mx.array]) -> nn.Module:
-    """A holder of arrays for taps, part of `model.state` until `release`; neither trained nor saved."""
+def hold(model: nn.Module, arrays: dict[str, mx.array], variants: int = 1) -> nn.Module:
+    """A holder of arrays for taps, part of `model.state` until `release`; neither trained nor saved.
+
+    variants: how many configurations these arrays have rows for; 1: the same for all.
+    """
     holder = nn.Module()
+    holder.variants = variants  # pyright: ignore[reportAttributeAccessIssue]
     for name, array in arrays.items():
         holder[name] = array
     model.setdefault(HELD, {})[f"h{id(holder)}"] = holder
     return holder
+
+
+def variants(model: nn.Module) -> int | None:
+    """How many configurations rows can choose from; None: any number gives the same."""
+    counts = [holder.variants for holder in model.get(HELD, {}).values() if holder.variants > 1]
+    return min(counts, default=None)
 
 
 def release(model: nn.Module, holder: nn.Module) -> None:
@@ -141,8 +153,23 @@ def release(model: nn.Module, holder: nn.Module) -> None:
         model.pop(HELD, None)
 
 
-def _tapped(base: type, is_block: bool) -> type:
-    def block(self: Any, x: mx.array, *args: Any, **kwargs: Any) -> Any:
+def _tapped(base: type, make: Callable[[type], Callable[..., Any]]) -> type:
+    return type(base.__name__, (base,), {"tapped_by_taps": base, "__call__": make(base)})
+
+
+def _stack(base: type) -> Callable[..., Any]:
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        outer, _now.counted = _now.counted, _counted(args, kwargs)
+        try:
+            return base.__call__(self, *args, **kwargs)
+        finally:
+            _now.counted = outer
+
+    return call
+
+
+def _block(base: type) -> Callable[..., Any]:
+    def call(self: Any, x: mx.array, *args: Any, **kwargs: Any) -> Any:
         nowhere = all(hasattr(tap, "anywhere") for taps in self._taps.values() for tap in taps)
         outer, _now.place = _now.place, NOWHERE if nowhere else _place(args, kwargs)
         try:
@@ -153,10 +180,14 @@ def _tapped(base: type, is_block: bool) -> type:
         finally:
             _now.place = outer
 
-    def layer(self: Any, *args: Any, **kwargs: Any) -> Any:
+    return call
+
+
+def _layer(base: type) -> Callable[..., Any]:
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
         return _through(self._taps["after"], base.__call__(self, *args, **kwargs), _now.place)
 
-    return type(base.__name__, (base,), {"tapped_by_taps": base, "__call__": block if is_block else layer})
+    return call
 
 
 def _through(taps: list[Tap], out: Any, place: Place) -> Any:
@@ -168,8 +199,25 @@ def _through(taps: list[Tap], out: Any, place: Place) -> Any:
 
 
 def _place(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Place:
-    """Before the block runs: stock caches count its columns while it does."""
+    """Before the block runs: stock caches count its columns while it does.
+
+    Some blocks have no cache, or one that counts nothing (convolutions, state spaces): another block's says where.
+    """
     is_cache = lambda x: hasattr(x, "update_and_fetch") or hasattr(x, "state")  # noqa: E731
-    cache = kwargs.get("cache", next((arg for arg in args if is_cache(arg)), None))
-    start = 0 if cache is None else getattr(cache, "offset", None)
-    return Place(cache, start + 0 if isinstance(start, mx.array) else start, _now.told)  # it is counted up in place
+    own = kwargs.get("cache", next((arg for arg in args if is_cache(arg)), None))
+    counted = _counting(own) or _now.counted
+    cache, start = (own, None if own is not None else 0) if counted is None else counted
+    return Place(cache, start, _now.told)
+
+
+def _counted(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
+    """The first cache that counts tokens, with what it had counted, of those that a model is run with."""
+    several = [x for x in (kwargs.get("cache"), *args) if isinstance(x, list | tuple)]
+    return next((found for caches in several for cache in caches if (found := _counting(cache))), None)
+
+
+def _counting(cache: Any) -> tuple[Any, Any] | None:
+    for one in (cache, *getattr(cache, "caches", ())):
+        if (start := getattr(one, "offset", None)) is not None:
+            return one, start + 0 if isinstance(start, mx.array) else start  # it is counted up in place
+    return None

@@ -21,7 +21,7 @@ KERNEL = Kernel({"attention": Tent(1.25, 20.5, 0.5, 7.0), "mlp": Tent(0.0, 18.0,
 @pytest.fixture
 def scorers() -> list[Scorer]:
     markers, kl = Markers.__new__(Markers), Divergence.__new__(Divergence)
-    markers.prompts, kl.name = [[1]] * 50, "kl"
+    markers.prompts, kl.name, kl.tokens, kl.prompts = [[1]] * 50, "kl", 1, [[1]] * 50
     return [markers, kl]
 
 

@@ -144,7 +144,7 @@ class Steering:
         if prompt_length is not None:
             lengths = np.atleast_1d(np.array(prompt_length, np.int32))
             arrays["prompt"] = mx.array(lengths - 1)
-        self.holder = taps.hold(model, arrays | {"form": self._form()})
+        self.holder = taps.hold(model, arrays | {"form": self._form()}, self.count)
         self._now = threading.local()
         self.handles = [
             taps.put(model, paths[max(block, 0)], self._tap(block), before=block < 0) for block in self.blocks
@@ -244,10 +244,14 @@ class Steering:
         return tap if block == self.blocks[0] else taps.anywhere(tap)
 
     def _begin(self, h: mx.array, place: Place) -> Pass:
-        wide = next(one.direction.width for one in self.slots[0].steers if one)
-        if h.shape[-1] != wide:
+        if h.ndim != 3:
+            raise UserError(f"steer: blocks of this model give {h.ndim} dimensions: it has several residual streams.")
+        for wide in {one.direction.width for slot in self.slots for one in slot.steers if one} - {h.shape[-1]}:
             raise UserError(f"steer: the direction is {wide} wide and the model {h.shape[-1]}: it is another model's.")
-        return Pass(place, h.shape[1], self.holder["prompt"] if "prompt" in self.holder else None)
+        now = Pass(place, h.shape[1], self.holder["prompt"] if "prompt" in self.holder else None)
+        if self.count > 1 and now.variant is not None:
+            now.variant = mx.clip(now.variant, 0, self.count - 1)  # beyond it lies other memory
+        return now
 
     def _take(self, slot: Slot, name: str, now: Pass) -> mx.array:
         """Numbers of each row, [1 or B, ...]."""

@@ -68,7 +68,10 @@ class Pass:
         told = place.last_prompt()
         if told is None and prompt is not None and prompt.size > 1 and moves(cache):
             raise UserError("steer: mlx-lm's generator moves rows about, so one prompt_length for each has no meaning.")
+        if self.variant is not None and self.variant.size > 1 and moves(cache):
+            raise UserError("steer: mlx-lm's generator moves rows about, so a variant for each has no meaning there.")
         told = prompt if told is None else told
+        told = None if place.start is None else told  # nothing to compare it with
         self.told = told is not None
         self.guessed = told is None and cache is not None  # by the number of columns, on a cache of mlx-lm's
         self.prompting = columns > 1 or (isinstance(place.start, int) and place.start == 0)
@@ -101,10 +104,10 @@ class Pass:
 
         exact: some of them are (`Window.exact`); counted: some count from the start of the text.
         """
-        if exact and self.guessed:
-            raise UserError(f"steer: where the prompt ends is not known with this cache: {HELP}.")
         if counted:
             self.place.positions(1)  # its UserError, where tokens are not counted
+        if exact and self.guessed:
+            raise UserError(f"steer: where the prompt ends is not known with this cache: {HELP}.")
         end = (self.last + 1)[:, None]
         start, start_from_end, stop, stop_from_end = (numbers[:, i : i + 1] for i in range(4))
         first = mx.maximum(start + start_from_end * end, 0)
