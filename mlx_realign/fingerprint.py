@@ -3,6 +3,7 @@
 
 from collections.abc import Iterable
 from hashlib import blake2b
+from pathlib import Path
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -21,6 +22,18 @@ def base(model: nn.Module) -> str:
     tensors: dict[str, mx.array] = tree_flatten(model.parameters(), destination={})  # type: ignore[assignment]
     own = [(path, value) for path, value in tensors.items() if path.rpartition(".")[2] not in TRAINED]
     return of((path.replace(".linear.", ".").replace(".embedding.", "."), value) for path, value in own)
+
+
+def stored(folder: Path, quantized: int | None = None) -> str:
+    """Of the tensors in a model's folder, and the bits they are quantised to at load: alike at any dtype, anywhere.
+
+    "" where the folder holds no weights.
+    """
+    found = {}
+    for file in sorted(folder.glob("model*.safetensors")) if (folder / "config.json").is_file() else ():
+        tensors: dict[str, mx.array] = mx.load(str(file))  # type: ignore[assignment]
+        found |= {name: of([(name, tensors.pop(name))]) for name in sorted(tensors)}  # popped: read, not kept
+    return blake2b(repr((sorted(found.items()), quantized)).encode(), digest_size=12).hexdigest() if found else ""
 
 
 def adapters(model: nn.Module) -> str:

@@ -160,12 +160,16 @@ def checkpoint_layers(model: nn.Module) -> None:
     for layer in layers_of(model):
         if not hasattr(type(layer), "checkpointed_from"):
             layer.__class__ = _checkpointed(type(layer))
+        object.__setattr__(layer, "recomputed", True)
 
 
 def uncheckpoint_layers(model: nn.Module) -> None:
-    """Back to the layers' own classes."""
+    """Back to the layers' own classes; one that was tapped since keeps its taps."""
     for layer in layers_of(model):
-        layer.__class__ = getattr(type(layer), "checkpointed_from", type(layer))
+        if hasattr(type(layer), "checkpointed_from"):
+            object.__setattr__(layer, "recomputed", False)
+        if "checkpointed_from" in vars(type(layer)):
+            layer.__class__ = type(layer).checkpointed_from
 
 
 @dataclass
@@ -181,7 +185,8 @@ def _checkpointed(base: type) -> type:
 
         def __call__(self, x: mx.array, *args: Any, **kwargs: Any) -> Any:
             cache = kwargs.get("cache", next((a for a in args if isinstance(a, PromptRecorder | PromptReader)), None))
-            if cache is not None and not isinstance(cache, PromptRecorder | PromptReader):
+            decoding = cache is not None and not isinstance(cache, PromptRecorder | PromptReader)
+            if decoding or not self.recomputed:
                 return base.__call__(self, x, *args, **kwargs)  # decoding keeps its own cache
             recording = isinstance(cache, PromptRecorder)
             given: list[mx.array] = []  # what else comes from below: keys and values that a layer is lent, say

@@ -86,8 +86,9 @@ def read(path: str | Path) -> Direction:
             raise UserError(f"{path}: {name} {list(tensor.shape)} is not a vector of a block from {FIRST} on.")
     if text := facts.get(vectors.HEADER):
         return vectors.assemble(path, text, tensors)
-    hint = str(facts.get(f"{ARCHITECTURE}.model_hint", ""))
-    about = About(method="unknown", position="unknown", coefficient=1.0, base_model=hint)
+    hint = str(facts.get(f"{ARCHITECTURE}.model_hint", ""))  # an architecture, no model
+    measured = {"model_hint": hint} if hint else {}
+    about = About(method="unknown", position="unknown", coefficient=1.0, measured=measured)
     try:
         return Direction(vectors.by_block(tensors, VECTOR), about)
     except ValueError as error:

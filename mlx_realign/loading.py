@@ -28,6 +28,7 @@ class Loaded(NamedTuple):
     config: dict[str, Any]
     folder: Path
     notes: list[str]
+    quantized: int | None = None  # bits, where it was done at load
 
 
 def on_cpu() -> bool:
@@ -57,6 +58,12 @@ def find_model(name: str) -> Path:
     return folder
 
 
+WRONG = {  # by model type
+    "gemma3n": "Gemma 3n is not supported: in mlx-lm its upper layers give something else without a cache than with "
+    "one, and training and measuring run without. Gemma 3 and Gemma 4 are",
+}
+
+
 def load(
     name: str,
     *,
@@ -74,6 +81,8 @@ def load(
         model, config = mlx_lm_utils.load_model(folder, lazy=True, trust_remote_code=trust_remote_code)
     except Exception as error:  # whatever a broken folder makes the readers raise
         raise UserError(f"--model {name}: cannot be loaded: {_said(error, folder)}") from error
+    if reason := WRONG.get(str(config.get("model_type"))):
+        raise UserError(f"--model {name}: {reason}")
     try:
         options = {"trust_remote_code": trust_remote_code}
         tokenizer = mlx_lm_utils.load_tokenizer(folder, options, eos_token_ids=config.get("eos_token_id"))
@@ -89,7 +98,7 @@ def load(
         _materialise(model)
     except Exception as error:  # a file that ends too early
         raise UserError(f"--model {name}: its weights cannot be read: {_said(error, folder)}") from error
-    return Loaded(model, tokenizer, config, folder, notes)
+    return Loaded(model, tokenizer, config, folder, notes, None if config.get("quantization") else quantize)
 
 
 def _fetch(name: str) -> Path:

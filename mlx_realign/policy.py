@@ -7,14 +7,14 @@ in chunks at trained positions only.
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 from mlx.utils import tree_flatten, tree_map
 
-from . import adapter, balance, blas, forward, loading
+from . import adapter, balance, blas, fingerprint, forward, loading
 from .batch import Batch, LossOutput, Scores
 from .config import TrainSettings
 from .errors import UserError
@@ -29,7 +29,7 @@ class Policy:
     """A causal language model with an optional adapter. Build one with `Policy.load`."""
 
     def __init__(self, loaded: loading.Loaded, name: str) -> None:
-        self.model, self.tokenizer, self.config, self.folder, self.notes = loaded
+        self.model, self.tokenizer, self.config, self.folder, self.notes, self.quantized = loaded
         self.name = name
         self.sharing = forward.shareable(self.model) is None
         self.workers = Workers(cores() if loading.on_cpu() else 1)
@@ -288,6 +288,11 @@ class Policy:
         return self._starts_at_base
 
     # ------------------------------------------------------------------ facts
+
+    @cached_property
+    def base_hash(self) -> str:
+        """Of the weights without an adapter: as stored, where they were read from a folder, so alike at any dtype."""
+        return fingerprint.stored(self.folder, self.quantized) or fingerprint.base(self.model)
 
     @property
     def dtype(self) -> mx.Dtype:

@@ -42,7 +42,7 @@ def run(policy: Policy) -> Checks:
     """
     results, notes = {}, []
     batch, limit = probe(policy.vocabulary), LIMIT[policy.dtype]
-    checkpointed = any(hasattr(type(layer), "checkpointed_from") for layer in forward.layers_of(policy.model))
+    checkpointed = any(getattr(layer, "recomputed", False) for layer in forward.layers_of(policy.model))
     forward.uncheckpoint_layers(policy.model)
     with shrunk_windows(policy.model):
         expected = _by_the_models_own_code(policy, batch)

@@ -90,8 +90,8 @@ class Handle:
         """Take it off; twice does nothing."""
         for module, kind, tap in self.places:
             module._taps[kind].remove(tap)  # one of it: others may have put the same
-            tapped = hasattr(type(module), "tapped_by_taps")
-            if tapped and not any(module._taps.values()):
+            outermost = "tapped_by_taps" in vars(type(module))  # else another wrapper came after: it stays as it is
+            if outermost and not any(module._taps.values()):
                 object.__delattr__(module, "_taps")
                 module.__class__ = type(module).tapped_by_taps
         self.places = []

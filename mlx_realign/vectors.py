@@ -19,7 +19,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from . import directions, fingerprint
+from . import directions
 from .adapter_targets import blocks_of
 from .errors import UserError
 
@@ -44,9 +44,11 @@ class About:
     strength_unit: Literal["residual", "median_norm"] = "residual"  # times the vector, or times the median norm
     blocks: tuple[int, ...] = ()  # where it is meant to act; (): wherever it has a vector
     base_model: str = ""
-    base_hash: str = ""  # `fingerprint.base` of the model; "": unknown
+    base_hash: str = ""  # `Policy.base_hash`; "": unknown
     data_hash: str = ""
     template_prefix: tuple[int, ...] = ()  # tokens put after every prompt before its state was taken
+    numbers: dict[str, float] = field(default_factory=dict)  # of the operator: angle (degrees), low, high, shift
+    scale: float = 1.0  # what the vectors were multiplied by since they were extracted
     measured: dict[str, Any] = field(default_factory=dict)  # what it was found to do; plain JSON values
     site: str = SITE
     convention: str = CONVENTION
@@ -121,6 +123,10 @@ class Direction:
                 vectors[block] = vectors[block] + vector
         return Direction(vectors, about, {}, {**other.median_norm, **self.median_norm})
 
+    def __radd__(self, other: int) -> "Direction":
+        """So that `sum` of directions is one."""
+        return self if other == 0 else NotImplemented
+
     def __sub__(self, other: "Direction") -> "Direction":
         return self + -other if isinstance(other, Direction) else NotImplemented
 
@@ -128,7 +134,8 @@ class Direction:
         if not isinstance(factor, int | float | np.number):
             return NotImplemented
         vectors = {block: vector * float(factor) for block, vector in self.vectors.items()}
-        about = dataclasses.replace(self.about, coefficient=None, measured={})
+        scale = self.about.scale * float(factor)
+        about = dataclasses.replace(self.about, coefficient=None, scale=scale, measured={})
         return Direction(vectors, about, self.baseline, self.median_norm)
 
     def __rmul__(self, factor: float) -> "Direction":
@@ -157,6 +164,7 @@ def _joined(one: Direction, other: Direction) -> About:
         base_model=a.base_model or b.base_model,
         base_hash=a.base_hash or b.base_hash,
         data_hash=a.data_hash if a.data_hash == b.data_hash else f"{a.data_hash}+{b.data_hash}",
+        scale=1.0,
         measured={},
     )
 
@@ -177,7 +185,10 @@ def save(direction: Direction, path: str | Path) -> None:
     os.replace(part, path)
 
 
-def load(path: str | Path, *, policy: "Policy | None" = None, force: bool = False) -> Direction:
+ALIKE = ", or use --force (force=True) if you know that they are alike"
+
+
+def load(path: str | Path, *, policy: "Policy | None" = None, force: bool | None = False) -> Direction:
     """Read a file of `save`, or a GGUF control vector; with `policy`, it must fit that model.
 
     UserError for a file that is none or is broken, for a site or a convention that this version does not know, and for
@@ -195,8 +206,11 @@ def load(path: str | Path, *, policy: "Policy | None" = None, force: bool = Fals
     return direction
 
 
-def check(direction: Direction, policy: "Policy", name: str, *, force: bool = False) -> None:
-    """UserError, which begins with `name`, where a direction does not fit a model. force: other weights are allowed."""
+def check(direction: Direction, policy: "Policy", name: str, *, force: bool | None = False) -> None:
+    """UserError, which begins with `name`, where a direction does not fit a model.
+
+    force: other weights are allowed; None: they are not, and who asks has no way to allow them.
+    """
     about, model = direction.about, policy.model
     made = f"{name}: made on {about.base_model or 'another model'}, and {policy.name}"
     count, whole = len(blocks_of(model)), policy.body.whole  # shapes of a forward pass that is never computed
@@ -205,10 +219,10 @@ def check(direction: Direction, policy: "Policy", name: str, *, force: bool = Fa
         raise UserError(f"{made} is {width} wide, not {direction.width}. Extract the direction on {policy.name}.")
     if beyond := [block for block in direction.blocks if not -1 <= block < count]:
         raise UserError(f"{made} has the blocks 0 to {count - 1}, no block {beyond[0]}. Extract the direction on it.")
-    if about.base_hash and not force and about.base_hash != (found := fingerprint.base(model)):
+    if about.base_hash and not force and about.base_hash != (found := policy.base_hash):
         raise UserError(
-            f"{made} has other weights ({found}, not {about.base_hash}): another model, or the same one at another "
-            "precision. Extract the direction on it, or use --force (force=True) if you know that they are alike."
+            f"{made} has other weights ({found}, not {about.base_hash}): another model, or the same one quantised to "
+            f"other bits. Extract the direction on it{'' if force is None else ALIKE}."
         )
 
 

@@ -119,7 +119,9 @@ def test_a_file_of_another_program_is_read(tmp_path: Path):
     path = compose(tmp_path / "a.gguf", given, facts | {"controlvector.layer_count": 2})
     back = gguf_vectors.read(path)
     assert back.blocks == [2, 11] and (back.vectors[11] == 11).all() and back.width == 8
-    assert back.about == About(method="unknown", position="unknown", coefficient=1.0, base_model="mistral")
+    assert back.about == About(
+        method="unknown", position="unknown", coefficient=1.0, measured={"model_hint": "mistral"}
+    )
 
 
 @pytest.mark.parametrize(

@@ -269,3 +269,23 @@ def test_weights_are_held_once_while_loading(options: dict[str, Any], tmp_path: 
     run = [sys.executable, "-c", MEASURE, str(tmp_path), json.dumps(options)]
     done = subprocess.run(run, capture_output=True, text=True, check=True)
     assert float(done.stdout) <= 1.2
+
+
+def test_gemma_3n_is_refused_for_as_long_as_it_has_two_answers(folder: Path):
+    from mlx_lm.models import cache, gemma3n
+
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4, "vocab_size": 320, "head_dim": 16}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "num_kv_shared_layers": 2, "sliding_window": 32}
+    altup = {"altup_num_inputs": 2, "altup_coef_clip": 120.0, "altup_correct_scale": True, "altup_active_idx": 0}
+    layers = {"laurel_rank": 4, "vocab_size_per_layer_input": 320, "hidden_size_per_layer_input": 8}
+    rest = {"rope_theta": 1e4, "rope_local_base_freq": 1e4, "final_logit_softcapping": 30.0, "rms_norm_eps": 1e-5}
+    kinds = {"layer_types": ["sliding_attention", "full_attention"] * 2, "activation_sparsity_pattern": [0.0] * 4}
+    text = {**sizes, **heads, **altup, **layers, **rest, **kinds, "max_position_embeddings": 64}
+    config = {"model_type": "gemma3n", "text_config": {"model_type": "gemma3n_text", **text}}
+    mx.random.seed(0)
+    model = gemma3n.Model(gemma3n.ModelArgs.from_dict(config))
+    found, expected = model(TOKENS), model(TOKENS, cache=cache.make_prompt_cache(model))
+    assert mx.abs(found - expected).max() > 0.1, "mlx-lm is of one mind now: Gemma 3n can be let in"
+    save_model(folder, model)
+    (folder / "config.json").write_text(json.dumps(config))
+    assert "Gemma 3n is not supported" in refusal(folder)

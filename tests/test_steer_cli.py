@@ -4,6 +4,7 @@
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -73,11 +74,40 @@ def test_extract_from_prompts_behind_what_all_completions_begin_with(folder, pol
     texts = [[*data.encode_prompt(p, policy.tokenizer), *facts["prefix"]] for p in calm]
     baseline = np.mean([states(policy, text, 1)[-1] for text in texts], 0)
     assert np.allclose(vectors.load(tmp_path / "d.safetensors").baseline[1], baseline, atol=1e-4)
+    own_scale(capsys, tmp_path, "d", ahead, behind)
     words = (*words, "--no-prefix", "--position", "-3", "--block", "1-2")
     told = run(capsys, "extract", *words, "--output", tmp_path / "e.safetensors")
     assert "block 1 to 2" in told and "few prompts" in told
+    own_scale(capsys, tmp_path, "e", ahead, behind)
     plain = np.mean([states(policy, data.encode_prompt(p, policy.tokenizer), 1)[-3] for p in calm], 0)
     assert np.allclose(vectors.load(tmp_path / "e.safetensors").baseline[1], plain, atol=1e-4)
+
+
+def own_scale(capsys: Any, folder: Path, name: str, positive: Path, negative: Path) -> None:
+    """Screened along their own direction, the prompts of one set have the mean 1 and those of the other 0."""
+    for file, mean in ((positive, 1.0), (negative, 0.0)):
+        rows = write(folder / f"{name}-{mean}.jsonl", *({"prompt": text} for text in file.read_text().splitlines()))
+        output = folder / f"{name}-{mean}-ranked.jsonl"
+        words = ("screen", rows, "--direction", folder / f"{name}.safetensors", "--part", "prompt", "--output", output)
+        run(capsys, *words)
+        assert np.mean([json.loads(line)["score"] for line in output.read_text().splitlines()]) == pytest.approx(
+            mean, abs=1e-3
+        )
+
+
+def test_extract_keeps_what_the_operator_needs(folder, capsys, tmp_path):
+    words = ("--model", "tiny-chat", "--positive", folder / "mood.jsonl", "--position", "mean", "--block", "2")
+    path = tmp_path / "turn.safetensors"
+    run(capsys, "extract", *words, "--output", path, "--operator", "angular", "--angle", "30")
+    assert vectors.load(path).about.numbers == {"angle": 30.0}
+    asked = ("generate", "--prompt", talk_prompts(1)[0], "--max-new-tokens", 12, "--steer", path)
+    assert run(capsys, *asked) == run(capsys, *asked, "--angle", "30") != run(capsys, *asked, "--angle", "170")
+
+
+def test_a_direction_outlives_a_strength_that_cannot_be_found(folder, capsys, tmp_path):
+    words = ("--model", "tiny-chat", "--positive", folder / "mood.jsonl", "--position", "mean", "--positions", "90:99")
+    told = run(capsys, "extract", *words, "--output", tmp_path / "far.safetensors")
+    assert "No coefficient was found" in told and vectors.load(tmp_path / "far.safetensors").about.coefficient is None
 
 
 def test_generate_compares_with_the_model_itself(folder, policy, capsys):
@@ -143,6 +173,10 @@ def test_eval_by_markers_and_by_a_verifier(folder, capsys, tmp_path):
         (("--block", "9"), "--block 9: the direction has no block 9"),
         (("--block", "x"), "--block x: expected blocks such as"),
         (("--kl-budget", "0"), "--kl-budget must be above 0"),
+        (("--kl-budget", "2", "--operator", "ablate"), "--kl-budget is what the coefficient is looked for by"),
+        (("--operator", "angular"), "--operator angular needs --angle"),
+        (("--operator", "clamp"), "--operator clamp needs --low, --high"),
+        (("--angle", "30"), "--angle is for --operator angular, not add"),
         (("--winsorise", "2"), "--winsorise must be above 0 and at most 1"),
         (("--pca-variant", "centred"), "--pca-variant is for --method pca"),
         (("--positions", "sometimes"), "positions 'sometimes'"),

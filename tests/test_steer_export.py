@@ -15,7 +15,7 @@ from mlx_lm.utils import quantize_model, save_model
 from policy_tools import EXTRAS, make_model
 from steer_tools import refused, run
 
-from mlx_realign import capture, fingerprint, vectors
+from mlx_realign import capture, vectors
 from mlx_realign.data import encode_prompt
 from mlx_realign.policy import Policy
 from mlx_realign.steering import Condition, Schedule, Steer, export, steer
@@ -48,7 +48,7 @@ def write_direction(path: Path, policy: Policy, blocks: list[int], **about: Any)
         state = capture.collect(policy, [[1, 2, 3]], blocks=[block])[0, 0, 0]
         vector = rng.normal(size=len(state))
         found[block] = 0.5 * np.linalg.norm(state) * vector / np.linalg.norm(vector)
-    base = {"base_model": policy.name, "base_hash": fingerprint.base(policy.model)}
+    base = {"base_model": policy.name, "base_hash": policy.base_hash}
     vectors.save(Direction(found, About(**base, **about)), path)
     return path
 
@@ -147,7 +147,11 @@ def test_ablation_at_all_blocks_is_an_adapter_that_keeps_layers_from_writing_it(
     source = write_folder(tmp_path / "model", "llama", bits)
     policy = Policy.load(str(source))
     path = write_direction(tmp_path / "d.safetensors", policy, [0, 1], operator="ablate")
-    told = run(capsys, "export", "--steer", path, "--to", "mlx-lm", "--output", tmp_path / "out")
+    words = ("export", "--steer", path, "--to", "mlx-lm", "--output", tmp_path / "out")
+    told = refused(capsys, *words)
+    assert "not the same operation" in told and "mlx-realign ablate" in told and "--force" in told
+    assert not (tmp_path / "out").exists(), "it moves log-probs by most of what the steering moves them"
+    told = run(capsys, *words, "--force")
     assert "on the 4 layers" in told and "not the same operation" in told and "verified" in told
     stock, _ = mlx_lm.load(str(source), adapter_path=str(tmp_path / "out"))  # pyright: ignore[reportAssignmentType]
     inner: Any = stock["model"]

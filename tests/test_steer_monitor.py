@@ -10,7 +10,7 @@ import pytest
 from rich.console import Console
 from steer_tools import mood_rows, refused, run, states, talk_prompts, write
 
-from mlx_realign import data, fingerprint, rollout, vectors
+from mlx_realign import data, rollout, vectors
 from mlx_realign.policy import Policy
 from mlx_realign.steering import monitor
 from mlx_realign.vectors import About, Direction
@@ -40,7 +40,7 @@ def folder(policy: Policy, tmp_path_factory: pytest.TempPathFactory) -> Path:
         np.mean([completion_mean(policy, row["prompt"], row[name]) for row in rows], 0)
         for name in ("chosen", "rejected")
     )
-    about = About(base_model="tiny-chat", base_hash=fingerprint.base(policy.model), blocks=(BLOCK,))
+    about = About(base_model="tiny-chat", base_hash=policy.base_hash, blocks=(BLOCK,))
     vectors.save(Direction({BLOCK: grey - bright}, about, {BLOCK: bright}), folder / "mood.safetensors")
     vectors.save(Direction({BLOCK: grey - bright}, about), folder / "bare.safetensors")
     return folder
@@ -65,6 +65,15 @@ def test_a_trace_is_the_projection_of_each_token(policy, folder, capsys):
     plain = states(policy, tokens, BLOCK) @ vector / np.linalg.norm(vector)
     assert not bare["normalised"]
     assert np.allclose([token["projection"] for token in bare["tokens"]], plain, atol=1e-3)
+
+
+def test_a_multiple_of_a_direction_has_the_same_scale(policy, folder):
+    from mlx_realign.steering import monitor
+
+    mood, state = vectors.load(folder / "mood.safetensors"), np.random.default_rng(0).normal(size=(3, 192))
+    expected = monitor.scale_of(mood).of(state)
+    for made in (2 * mood, -mood, mood / 4):
+        np.testing.assert_allclose(monitor.scale_of(made).of(state), expected, rtol=1e-5)
 
 
 def test_without_a_completion_the_model_answers(policy, folder, capsys):

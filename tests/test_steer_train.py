@@ -10,7 +10,7 @@ import pytest
 from policy_tools import gap, make_batch, make_model, make_policy, weighed
 from train_tools import Run, launch, pair_rows, sft_rows, write_rows
 
-from mlx_realign import capture, config, fingerprint, train, vectors
+from mlx_realign import capture, config, train, vectors
 from mlx_realign.errors import UserError
 from mlx_realign.policy import Policy
 from mlx_realign.steering import steer
@@ -30,7 +30,7 @@ def direction(policy: Policy, tmp_path_factory: pytest.TempPathFactory) -> Path:
     vector = np.random.default_rng(0).normal(size=len(states))
     vector *= np.linalg.norm(states) / np.linalg.norm(vector)
     path = tmp_path_factory.mktemp("directions") / "d.safetensors"
-    about = About(base_model="tiny", base_hash=fingerprint.base(policy.model))
+    about = About(base_model="tiny", base_hash=policy.base_hash)
     vectors.save(Direction({0: vector}, about), path)
     return path
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 from mlx_lm.models.cache import make_prompt_cache
-from policy_tools import ALL, SHARING, make_batch, make_examples, make_model, make_policy, speaking
+from policy_tools import ALL, SHARING, gap, make_batch, make_examples, make_model, make_policy, speaking, weighed
 
 from mlx_realign import data, forward, rollout, taps
 from mlx_realign.errors import UserError
@@ -181,6 +181,41 @@ def test_a_tapped_model_trains_as_before(arch):
         np.testing.assert_allclose(one, other, atol=1e-4)
     forward.uncheckpoint_layers(policy.model)
     handle.remove()
+
+
+def test_taps_and_checkpointing_come_off_in_any_order():
+    """What recomputes is told by how often a block runs in a gradient: twice."""
+    policy, runs = make_policy("llama"), []
+    path, layer = taps.blocks(policy.model)[1], forward.layers_of(policy.model)[1]
+    look = lambda x, _: (runs.append(1), x)[1]  # noqa: E731
+
+    def times(tapped: bool) -> int:
+        """How often the block ran, told by a tap of its own where there is none."""
+        own = None if tapped else taps.put(policy.model, path, look)
+        runs.clear()
+        policy.gradients(make_batch(), weighed())
+        if own:
+            own.remove()
+        return len(runs)
+
+    once = times(False)
+    first = type(layer)
+    forward.checkpoint_layers(policy.model)
+    handle = taps.put(policy.model, path, look)
+    twice = times(True)
+    forward.uncheckpoint_layers(policy.model)
+    assert times(True) == once, "it is still tapped, and no longer recomputed"
+    handle.remove()
+    forward.checkpoint_layers(policy.model)
+    forward.uncheckpoint_layers(policy.model)
+    assert type(layer) is first
+    handle = taps.put(policy.model, path, look)
+    forward.checkpoint_layers(policy.model)
+    assert times(True) == 2 * once and twice == once, "the tap is inside of what is recomputed, or outside"
+    handle.remove()
+    before = policy.gradients(make_batch(), weighed())[1]
+    forward.uncheckpoint_layers(policy.model)
+    assert gap(policy.gradients(make_batch(), weighed())[1], before) < 1e-5
 
 
 def test_a_path_outside_the_blocks_is_refused():

@@ -12,8 +12,9 @@ from policy_tools import make_policy
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
-from mlx_realign import fingerprint, vectors
+from mlx_realign import vectors
 from mlx_realign.errors import UserError
+from mlx_realign.policy import Policy
 from mlx_realign.vectors import About, Direction, load, save
 
 ABOUT = About(
@@ -79,6 +80,8 @@ def test_arithmetic_by_hand():
     assert plain(2 * one) == plain(one * 2) == plain(np.float64(2) * one) == {1: [2, 4], 2: [2, 0]}
     assert plain(-one / 2) == {1: [-0.5, -1], 2: [-0.5, 0]}
     assert (one + other).median_norm == {1: 3.0, 3: 7.0}
+    assert plain(sum([one, other, one])) == {1: [2, 4], 2: [2.5, 1], 3: [4, 4]}  # pyright: ignore
+    assert (-one / 2).about.scale == -0.5 and (one + one).about.scale == 1
     with pytest.raises(TypeError):
         _ = one * other  # pyright: ignore
 
@@ -120,7 +123,7 @@ def test_vectors_that_are_none_are_refused():
 
 def test_a_direction_fits_the_model_that_it_was_made_on(tmp_path: Path):
     policy = make_policy("llama")  # its adapter is not part of the base
-    save(make(dataclasses.replace(ABOUT, base_hash=fingerprint.base(policy.model))), tmp_path / "a.safetensors")
+    save(make(dataclasses.replace(ABOUT, base_hash=policy.base_hash)), tmp_path / "a.safetensors")
     assert load(tmp_path / "a.safetensors", policy=policy).about.base_model == "tiny"
     other = make_policy("llama")
     layers: Any = other.model.layers
@@ -128,6 +131,13 @@ def test_a_direction_fits_the_model_that_it_was_made_on(tmp_path: Path):
     with pytest.raises(UserError, match=r"a\.safetensors: made on tiny, and tiny has other weights .*--force"):
         load(tmp_path / "a.safetensors", policy=other)
     assert load(tmp_path / "a.safetensors", policy=other, force=True).width == 64
+
+
+def test_the_base_is_known_by_its_files_at_any_dtype(tiny_model_dir: Path):
+    ways: list[dict[str, Any]] = [{}, {"dtype": "bfloat16"}, {"quantize": 4}]
+    ways += [{"quantize": 4, "cpu_dequantize": "never"}, {"quantize": 8}]
+    found = [Policy.load(str(tiny_model_dir), **options).base_hash for options in ways]
+    assert found[0] == found[1] and found[2] == found[3] and len(set(found)) == 3
 
 
 def test_no_force_fits_another_width_or_more_blocks(tmp_path: Path):

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .. import capture, directions, fingerprint, rollout, steerability
+from .. import capture, directions, rollout, steerability
 from ..errors import UserError
 from ..policy import Policy
 from ..sampling import Sampling
@@ -87,7 +87,7 @@ class Extracted:
             operator="ablate",
             blocks=() if block is None else (block,),
             base_model=self.policy.name,
-            base_hash=fingerprint.base(self.policy.model),
+            base_hash=self.policy.base_hash,
             data_hash=data_hash,
             template_prefix=tuple(self.prefix),
             measured=measured,

@@ -23,7 +23,7 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten
 
-from .. import fingerprint, taps, vectors
+from .. import taps, vectors
 from ..errors import UserError
 from ..policy import Policy
 from ..taps import Place
@@ -58,6 +58,8 @@ def steer(
 
     common = [made(one) for one in steers]
     more = [[made(one) for one in row] for row in rows] if rows is not None else [[]]
+    if rows is not None and not more:
+        raise UserError("steer: rows is empty. Give a list of directions for each configuration, or leave rows out.")
     if not any([*common, *row] for row in more):
         raise UserError("steer: no direction is given.")
     return Steering(
@@ -66,13 +68,8 @@ def steer(
 
 
 def _loaded(file: str | Path, model: Policy | nn.Module) -> Direction:
-    """UserError where it is for another model."""
-    if isinstance(model, Policy):
-        return vectors.load(file, policy=model)
-    direction = vectors.load(file)
-    if direction.about.base_hash not in (None, "", fingerprint.base(model)):
-        raise UserError(f"{file}: was made on other weights than this model's. vectors.load(file) takes it as it is.")
-    return direction
+    """UserError where it is for another model, as far as this one is known: a policy knows its weights."""
+    return vectors.load(file, policy=model if isinstance(model, Policy) else None)
 
 
 class Slot:

@@ -114,7 +114,7 @@ def split(text: str) -> tuple[str, float | None]:
         return text, None
 
 
-def steers_of(settings: SteerFlags, policy: Policy, *, force: bool = False) -> list[Steer]:
+def steers_of(settings: SteerFlags, policy: Policy, *, force: bool | None = False) -> list[Steer]:
     """One Steer per --steer, its file checked against the model (vectors.load says what `force` lets pass).
 
     UserError for a file that cannot be used, a coefficient that is no finite number, blocks that it does not have.

@@ -84,7 +84,7 @@ def _baseline(direction: Direction, block: int) -> np.ndarray:
     return direction.baseline.get(block, np.zeros(direction.width)).astype(np.float64)
 
 
-def load(file: str | Path, policy: Policy, *, force: bool = False) -> Condition:
+def load(file: str | Path, policy: Policy, *, force: bool | None = False) -> Condition:
     """The condition of a file, checked against the model. UserError for a file that holds none."""
     direction = read_direction(file, policy=policy, force=force)
     told = direction.about.measured.get("condition")

@@ -11,6 +11,7 @@ refused in one line; `ablate` at all blocks has a relative that can, an adapter 
 direction. Every export is run and held against the steered model before it is called done.
 """
 
+import dataclasses
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -21,7 +22,7 @@ from typing import Literal
 import mlx.core as mx
 import numpy as np
 
-from .. import distributions, fingerprint, gguf_vectors, vectors
+from .. import distributions, gguf_vectors, vectors
 from ..errors import UserError
 from ..policy import Policy
 from ..vectors import About, Direction
@@ -30,6 +31,7 @@ from .asked import SteerFlags, UseFlags, load_model, steers_of
 from .baked import Baked, ablation_adapter, bias_folder, embedding_adapter
 from .spec import Steer
 
+NEAR = 0.5  # share of what the steering changes, by which an adapter that ablates may differ from it
 TOLERANCE = 0.02  # largest difference of a log-prob, as a share of what the steering changes, beside rounding
 ROUNDING = {mx.float32: 1e-3, mx.bfloat16: 0.2, mx.float16: 0.05}  # nats
 
@@ -71,6 +73,8 @@ def export(policy: Policy, steers: Sequence[Steer], settings: Settings) -> list[
     output = Path(settings.output)
     ablated = settings.to == "mlx-lm" and [one.operator for one in steers] == ["ablate"]
     added = {} if ablated else added_by(steers)
+    if not ablated and not any(vector.any() for vector in added.values()):
+        raise UserError("there is nothing to export: with a coefficient of 0 the steered model is the model.")
     base = log_probs(policy)
     with steer(policy, *steers):
         expected = log_probs(policy)
@@ -78,9 +82,10 @@ def export(policy: Policy, steers: Sequence[Steer], settings: Settings) -> list[
     if ablated:
         baked = ablation_adapter(policy, steers[0], output)
         steered, expected = expected, log_probs(policy)
-        baked.told.append(relative(float(mx.abs(expected - steered).max()), effect))
+        with gone_if_wrong(output):
+            baked.told.append(relative(float(mx.abs(expected - steered).max()), effect, force=settings.force))
     elif settings.to == "gguf":
-        return gguf(policy, added, output, expected, effect)
+        return gguf(policy, steers, added, output, expected, effect)
     elif list(added) == [-1]:
         baked = embedding_adapter(policy, added[-1], output)
     elif -1 in added:
@@ -103,13 +108,16 @@ def export(policy: Policy, steers: Sequence[Steer], settings: Settings) -> list[
     return [*baked.told, told, f"run it: {run_line(baked)}"]
 
 
-def relative(gap: float, effect: float) -> str:
-    """What to say of an adapter that ablates."""
-    return (
+def relative(gap: float, effect: float, *, force: bool) -> str:
+    """What to say of an adapter that ablates. UserError where it is something else than the steering."""
+    told = (
         "not the same operation: what embeddings bring along the direction stays, and layers of a block no longer see "
         f"it; largest difference of a log-prob from the steered model's {gap:.2g} nats, where steering moves them by "
         f"{effect:.2g}. `mlx-realign ablate` makes such an adapter with its strength fitted and its effect measured"
     )
+    if gap > NEAR * effect and not force:
+        raise UserError(f"an adapter that ablates is {told}; --force writes it all the same.")
+    return told
 
 
 def added_by(steers: Sequence[Steer]) -> dict[int, np.ndarray]:
@@ -141,14 +149,25 @@ def why_not(one: Steer) -> str | None:
     return None
 
 
-def gguf(policy: Policy, added: dict[int, np.ndarray], output: Path, expected: mx.array, effect: float) -> list[str]:
+def gguf(
+    policy: Policy,
+    steers: Sequence[Steer],
+    added: dict[int, np.ndarray],
+    output: Path,
+    expected: mx.array,
+    effect: float,
+) -> list[str]:
     """Write a control vector, read it back, steer with it."""
-    about = About(
-        method="exported",
+    from_ = steers[0].direction.about if len(steers) == 1 else About(method="sum")
+    about = dataclasses.replace(
+        from_,
+        operator="add",
+        positions="all",
         coefficient=1.0,
+        strength_unit="residual",
         blocks=tuple(added),
         base_model=policy.name,
-        base_hash=fingerprint.base(policy.model),
+        base_hash=policy.base_hash,
     )
     written = gguf_vectors.write(Direction(added, about), output, model_type=str(policy.config.get("model_type", "")))
     with gone_if_wrong(output), steer(policy, vectors.load(output, policy=policy)):
@@ -175,7 +194,7 @@ def verified(policy: Policy, expected: mx.array, effect: float) -> str:
     told = f"largest difference of a log-prob {gap:.1e} nats, where steering moves them by {effect:.2g}"
     if not gap <= TOLERANCE * effect + ROUNDING[policy.dtype]:
         raise UserError(told)
-    return f"verified on random tokens against the model in memory: {told}"
+    return f"verified on random tokens, loaded again, against the model in memory: {told}"
 
 
 def log_probs(policy: Policy) -> mx.array:

@@ -11,6 +11,7 @@ the direction, a report (.md) and a plot (.png, where matplotlib is installed) a
 
 import importlib.util
 import json
+import math
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -20,17 +21,17 @@ from typing import Literal, NamedTuple
 import numpy as np
 from rich.console import Console
 
-from .. import capture, directions, fingerprint, rollout, steerability, vectors
+from .. import capture, directions, rollout, steerability, vectors
 from ..errors import UserError
 from ..policy import Policy
 from ..sampling import Sampling
 from ..steerability import Separation
 from ..vectors import About, Direction
-from . import pairs, report
+from . import pairs, report, where
 from .asked import ModelFlags, Operator, blocks_of, load_model
 from .calibrate import Calibration, calibrate
 from .pairs import Contrast, Prompt
-from .spec import Steer
+from .spec import BELONGS, Steer
 
 METHODS = {"mean": "mean_difference", "pca": "pca", "logistic": "logistic", "lda": "lda"}
 CALIBRATED = ("add", "add_norm", "ablate_add")  # operators whose coefficient is a strength without a natural value
@@ -71,6 +72,12 @@ class Settings(ModelFlags):
     """What it is meant for."""
     positions: str = "all"
     """Tokens it is meant to act on: all, prompt, generated, last or start:stop."""
+    angle: float | None = None
+    """angular: degrees."""
+    low: float | None = None
+    """clamp: least projection, in units of the residual stream."""
+    high: float | None = None
+    """clamp: largest projection."""
     calibrate: bool = True
     """Do not look for the coefficient that meets --kl-budget."""
     kl_budget: float = 1.0
@@ -126,6 +133,7 @@ def check(settings: Settings) -> None:
         if made.exists():
             raise UserError(f"--output {path}: {made} exists already. Give a new file.")
     position_of(settings.position)
+    where.window(settings.positions)
     ranges = {
         "winsorise": (0 < settings.winsorise <= 1, "above 0 and at most 1"),
         "kl_budget": (0 < settings.kl_budget < float("inf"), "above 0"),
@@ -134,8 +142,26 @@ def check(settings: Settings) -> None:
     for name, (holds, expected) in ranges.items():
         if not holds:
             raise UserError(f"--{name.replace('_', '-')} must be {expected}, got {getattr(settings, name)}.")
+    if settings.operator == "angular" and settings.angle is None:
+        raise UserError("--operator angular needs --angle, in degrees from the direction.")
+    if settings.operator == "clamp" and settings.low is None and settings.high is None:
+        raise UserError("--operator clamp needs --low, --high or both, in units of the residual stream.")
+    for name, value in numbers_of(settings).items():
+        if settings.operator != BELONGS[name]:
+            raise UserError(f"--{name} is for --operator {BELONGS[name]}, not {settings.operator}.")
+        if not math.isfinite(value):
+            raise UserError(f"--{name} must be a finite number, got {value}.")
+    calibrated = settings.calibrate and settings.operator in CALIBRATED
+    if settings.kl_budget != Settings.kl_budget and not calibrated:
+        raise UserError("--kl-budget is what the coefficient is looked for by, and none is: leave it out.")
     if settings.pca_variant != "uncentred" and settings.method != "pca":
         raise UserError(f"--pca-variant is for --method pca, not {settings.method}: drop one of them.")
+
+
+def numbers_of(settings: Settings) -> dict[str, float]:
+    """What the operator needs beside a coefficient."""
+    given = {name: getattr(settings, name) for name in ("angle", "low", "high")}
+    return {name: value for name, value in given.items() if value is not None}
 
 
 def position_of(text: str) -> int | None:
@@ -184,11 +210,14 @@ def extract(policy: Policy, contrast: Contrast, settings: Settings, say: Say = l
     about = about_of(policy, contrast, settings, prefix, separations)
     direction = Direction(found, about, {b: baseline[b] for b in found}, {b: median[b] for b in found})
     direction = with_blocks(direction, settings, separations)
-    made = None
+    made, warning = None, steerability.warn(separations)
     if settings.calibrate and settings.operator in CALIBRATED:
         say("strength")
-        direction, made = calibrated(policy, direction, contrast, settings)
-    return Extracted(direction, separations, steerability.warn(separations), made, prefix)
+        try:
+            direction, made = calibrated(policy, direction, contrast, settings)
+        except UserError as error:  # the direction is found all the same
+            warning = f"{warning or ''} No coefficient was found: {error}".strip()
+    return Extracted(direction, separations, warning, made, prefix)
 
 
 def prefix_of(policy: Policy, contrast: Contrast, settings: Settings, say: Say) -> list[int]:
@@ -226,8 +255,9 @@ def about_of(
         position="completion" if position is None else str(position),
         operator=settings.operator,
         positions=settings.positions,
+        numbers=numbers_of(settings),
         base_model=policy.name,
-        base_hash=fingerprint.base(policy.model),
+        base_hash=policy.base_hash,
         data_hash=contrast.hash,
         template_prefix=tuple(prefix),
         measured=steerability.summary(separations),

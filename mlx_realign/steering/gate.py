@@ -19,7 +19,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from .. import capture, fingerprint, vectors
+from .. import capture, vectors
 from ..errors import UserError
 from ..policy import Policy
 from ..vectors import About, Direction
@@ -112,7 +112,7 @@ def save(found: Fit, path: Path, policy: Policy, data_hash: str = "") -> None:
         positions="last",
         blocks=(block,),
         base_model=policy.name,
-        base_hash=fingerprint.base(policy.model),
+        base_hash=policy.base_hash,
         data_hash=data_hash,
         measured={"condition": {"block": block, **told}, "f1": best.f1, "auroc": best.auroc},
     )

@@ -56,10 +56,17 @@ class Scale(NamedTuple):
     zero: float
     one: float
     normalised: bool  # 0 is the mean of the negative set and 1 that of the positive one
+    place: int = -1  # from the end: the token of a prompt whose state the direction was taken from
+    prefix: tuple[int, ...] = ()  # tokens put after every prompt then
 
     def of(self, states: np.ndarray) -> np.ndarray:
         """float64 [...] of states [..., d]."""
         return (states.astype(np.float64) @ self.unit - self.zero) / self.one
+
+    def of_prompts(self, policy: Policy, prompts: Sequence[Sequence[int]]) -> np.ndarray:
+        """float64 [n] of prompts' token ids, read where the direction was taken from."""
+        asked = [[*prompt, *self.prefix] for prompt in prompts]
+        return self.of(capture.collect(policy, asked, positions=(self.place,), blocks=[self.block])[:, 0, 0])
 
 
 def scale_of(direction: Direction, block: int | None = None) -> Scale:
@@ -69,9 +76,12 @@ def scale_of(direction: Direction, block: int | None = None) -> Scale:
     """
     block = block_of(direction) if block is None else block
     unit, baseline = direction.unit(block), direction.baseline.get(block)
+    about = direction.about
+    where = (int(about.position) if about.position.startswith("-") else -1), about.template_prefix
     if baseline is None:
-        return Scale(block, unit, 0.0, 1.0, False)
-    return Scale(block, unit, float(baseline.astype(np.float64) @ unit), direction.norm(block), True)
+        return Scale(block, unit, 0.0, 1.0, False, *where)
+    zero, one = float(baseline.astype(np.float64) @ unit), direction.norm(block) / about.scale
+    return Scale(block, unit, zero, one, True, *where)
 
 
 def block_of(direction: Direction) -> int:
@@ -128,7 +138,7 @@ def monitor(policy: Policy, direction: Direction, settings: Settings) -> dict[st
         "block": scale.block,
         "normalised": scale.normalised,
         "prompt_mean": float(along[: len(asked)].mean()),
-        "last_prompt_token": float(along[len(asked) - 1]),
+        "last_prompt_token": float(scale.of_prompts(policy, [asked])[0]),
         "completion_mean": float(along[len(asked) :].mean()),
         "tokens": [
             {"text": text, "id": int(token), "part": part, "projection": float(value)}
@@ -157,7 +167,7 @@ def show(found: dict[str, Any], console: Console) -> None:
         text.append(token["text"], style=colour(float(value)))
     console.print(text)
     unit = "0 (blue) = negative mean, 1 (red) = positive mean" if found["normalised"] else UNIT
-    names = {"prompt_mean": "prompt", "last_prompt_token": "its last token", "completion_mean": "completion"}
+    names = {"prompt_mean": "prompt", "last_prompt_token": "where it is answered", "completion_mean": "completion"}
     means = ", ".join(f"{label} {found[name]:.2f}" for name, label in names.items())
     console.print(
         f"block {found['block']}, {unit}: {means}; from {values.min():.2f} to {values.max():.2f}", markup=False

@@ -10,6 +10,7 @@ reads are understood; of pairs the chosen completion gives the score, of groups 
 """
 
 import json
+import math
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -76,6 +77,8 @@ def command(settings: Settings) -> int:
         raise UserError(f"--output {output}: exists already. Give a new file.")
     if not output.absolute().parent.is_dir():
         raise UserError(f"--output {output}: its folder does not exist. Make it first.")
+    if settings.drop_above is not None and math.isnan(settings.drop_above):
+        raise UserError("--drop-above must be a number, got nan.")
     source = sources.resolve(settings.data, settings.split)
     policy = load_model(settings, settings.direction)
     direction = vectors.load(settings.direction, policy=policy, force=settings.force)
@@ -126,9 +129,7 @@ def score(policy: Policy, examples: list[Example], scale: Scale, part: str) -> l
     if not examples:
         return []
     if part == "prompt":
-        prompts = [example.prompt.tolist() for example in examples]
-        states = capture.collect(policy, prompts, blocks=[scale.block])[:, 0, 0]
-        return [[value] for value in scale.of(states).tolist()]
+        return [[value] for value in scale.of_prompts(policy, [e.prompt.tolist() for e in examples]).tolist()]
     prompts = [example.prompt.tolist() for example in examples for _ in example.completions]
     said = [completion.tokens.tolist() for example in examples for completion in example.completions]
     states = capture.completion_means(policy, prompts, said, blocks=[scale.block])[:, 0]

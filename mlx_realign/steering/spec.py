@@ -16,6 +16,8 @@ from . import operators, where
 from .condition import Condition
 from .schedule import CONSTANT, Schedule
 
+CONDITION = "condition"  # operator of a file that says when to steer, not how
+STRENGTHS = ("add", "add_norm")  # operators of which a coefficient moves a state by as much
 BELONGS = {  # fields that mean something to one operator only
     "low": "clamp",
     "high": "clamp",
@@ -59,6 +61,8 @@ class Steer:
     """affine: how many vectors beyond the baseline's mean the projection ends up."""
 
     def __post_init__(self) -> None:
+        if isinstance(self.blocks, int):
+            object.__setattr__(self, "blocks", (self.blocks,))
         operators.find(self.operator)
         where.window(self.positions)
         _check_numbers(self)
@@ -83,11 +87,14 @@ class Steer:
         if isinstance(given, Steer):
             return dataclasses.replace(given, **changes)
         about = given.about
+        if about.operator == CONDITION:
+            raise UserError("steer: this file holds a condition, which says when to steer: use it as --condition.")
         meant: dict[str, Any] = {"operator": about.operator, "positions": about.positions, "unit": about.strength_unit}
-        asked = meant | changes
-        alike = (asked["operator"], asked["unit"]) == (about.operator, about.strength_unit)
-        if alike and about.coefficient is not None:
-            asked.setdefault("coefficient", about.coefficient)
+        asked: dict[str, Any] = meant | changes
+        if asked["operator"] == about.operator:
+            asked = about.numbers | asked
+        if about.coefficient is not None and "coefficient" not in changes:
+            asked |= _calibrated(given, asked)
         return cls(given, **asked)
 
     @property
@@ -158,10 +165,26 @@ class Steer:
         return unit_of(rest)
 
 
+def _calibrated(given: Direction, asked: dict[str, Any]) -> dict[str, float]:
+    """The coefficient of the file, where it means the same; UserError where it would be another strength."""
+    about, blocks = given.about, asked.get("blocks")
+    if asked["operator"] not in (*STRENGTHS, about.operator) or about.operator not in (*STRENGTHS, asked["operator"]):
+        return {}  # of the others 1 is all of what they do
+    known = f"steer: {about.coefficient:g} is the coefficient that was found for"
+    if about.blocks and blocks and not isinstance(blocks, int) and len(blocks) > len(about.blocks):
+        there = spans(list(about.blocks))
+        raise UserError(
+            f"{known} block {there} alone: for {len(blocks)} blocks give one (FILE:0.5), or extract with --block."
+        )
+    if asked["unit"] != about.strength_unit:
+        raise UserError(f"{known} the unit {about.strength_unit}: with {asked['unit']} give one (FILE:0.3).")
+    return {"coefficient": about.coefficient}  # type: ignore[dict-item]
+
+
 def _check_numbers(steer: Steer) -> None:
     for name in ("coefficient", "low", "high", "angle", "shift"):
         value = getattr(steer, name)
-        if value is not None and not math.isfinite(value):
+        if value is not None and not (isinstance(value, int | float | np.number) and math.isfinite(value)):
             raise UserError(f"steer: {name} is {value}, expected a finite number.")
     if steer.unit not in ("residual", "median_norm"):
         raise UserError(f"steer: unit is {steer.unit!r}, expected residual or median_norm.")

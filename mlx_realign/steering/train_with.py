@@ -21,7 +21,7 @@ class TrainWith:
     def __init__(self, policy: Policy, text: str | None) -> None:
         """text: FILE or FILE:coefficient, several with commas between them. UserError for what cannot be used."""
         files = tuple(part.strip() for part in (text or "").split(",") if part.strip())
-        self.steers = steers_of(SteerFlags(steer=files), policy)
+        self.steers = steers_of(SteerFlags(steer=files), policy, force=None)
         self.steering = steer(policy, *self.steers) if self.steers else None
         if self.steering:
             self.steering.off()
