@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 
 import mlx.core as mx
 
+from .exp import exp
+
 __all__ = ["Groups", "available", "fused", "reference"]
 
 MASKED = -1e30  # finite, so that a row that sees no key of a part stays finite
@@ -88,7 +90,7 @@ def _part(q: mx.array, k: mx.array, v: mx.array, mask: mx.array | None) -> list[
     if mask is not None:
         scores = mx.where(mask, scores, MASKED)
     top = scores.max(-1, keepdims=True)
-    weights = mx.exp(scores - top)
+    weights = exp(scores - top, negative=True)
     return [(weights.astype(v.dtype) @ v).astype(mx.float32), top, weights.sum(-1, keepdims=True)]
 
 
@@ -97,8 +99,8 @@ def _merge(a: list[mx.array], b: list[mx.array], sinks: mx.array | None, heads: 
     if sinks is not None:
         sinks = sinks.astype(mx.float32).reshape(1, *heads, 1)
         top = mx.maximum(top, sinks)
-    left, right = mx.exp(a[1] - top), mx.exp(b[1] - top)
+    left, right = exp(a[1] - top, negative=True), exp(b[1] - top, negative=True)
     total = a[2] * left + b[2] * right
     if sinks is not None:
-        total = total + mx.exp(sinks - top)
+        total = total + exp(sinks - top, negative=True)
     return (a[0] * left + b[0] * right) / total
