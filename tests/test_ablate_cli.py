@@ -104,6 +104,16 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(sets: Path, tmp_path: Path
     assert list(tmp_path.iterdir()) == []
 
 
+def test_where_every_candidate_costs_too_much_that_is_what_is_said(sets: Path, tmp_path: Path, capsys: Any):
+    """Behind the last token of tiny-chat's template, the direction of block 1 costs 0.2 nats at weight 1."""
+    argv = ["--positive", str(sets / "both.jsonl"), "--markers", MARKERS, "--position", "-1", "--block", "1"]
+    argv += ["--max-new-tokens", "24", "--select-prompts", "12", "--eval-limit", "4"]
+    assert run(*argv, "--output", str(tmp_path / "out")) == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "no candidate takes the behaviour away within --max-kl 0.1: the best leaves" in printed
+    assert "few replies to the positives" not in printed and "tried on completions" in printed
+
+
 def test_as_a_call_the_policy_is_ablated_in_place_and_can_go_back(sets: Path, monkeypatch: pytest.MonkeyPatch):
     policy = Policy.load("tiny-chat")
     tokens = mx.array([[5, 6, 7, 300, 301]])

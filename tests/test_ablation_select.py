@@ -137,6 +137,21 @@ def test_markers_that_the_base_does_not_show_decide_nothing():
     assert (tried, best) == ([], None)
 
 
+def test_a_candidate_above_the_kl_is_told_not_taken_for_markers_that_fail():
+    policy = Policy.load("tiny-chat")
+    found, shift = writers.find(policy), np.random.default_rng(0).standard_normal(192)
+    rows = [
+        [r["prompt"] for r in demo_world.contrast_rows(16) if r["label"] == label] for label in ("positive", "negative")
+    ]
+    asked = [capture.encode(policy, side) for side in rows]
+    tried, best = tryout.try_out(policy, found, {"x": shift}, *asked, markers=MARKERS, max_kl=1e-9)
+    assert best and tried[0] == best and best.kl > 1e-9
+    base = log_softmax(logits(policy, asked[1]))
+    edit.put_on(policy, edit.plan(found, shift, best.weight))
+    kl = (np.exp(base) * (base - log_softmax(logits(policy, asked[1])))).sum(-1).mean()
+    assert best.kl == pytest.approx(kl, abs=1e-4)
+
+
 def test_the_order_prefers_within_the_kl_then_gone_then_little_change():
     def tried(name: str, left: float, kl: float, worst: float) -> Tried:
         return Tried(name, 1.0, left, kl, worst, 32)

@@ -9,7 +9,7 @@ them, at weights around that one, and the least that suffices is taken.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from rich import box
@@ -46,6 +46,12 @@ class Tried:
     def gone(self) -> bool:
         """Whether no more than one prompt in thirty, or one at all, is left."""
         return self.left <= max(GONE, 1.01 / self.prompts)
+
+
+class Attempt(Protocol):
+    """Tries a candidate at a weight, on all prompts; None where its KL is above the most, unless `always`."""
+
+    def __call__(self, name: str, weight: float, always: bool = False) -> Tried | None: ...
 
 
 class Trier:
@@ -119,7 +125,9 @@ def try_out(
         if trier.left(0, positives) < 0.5:
             return [], None
 
-        def attempt(name: str, weight: float, prompts: Sequence[Sequence[int]], always: bool = False) -> Tried | None:
+        def attempt(
+            name: str, weight: float, always: bool = False, prompts: Sequence[Sequence[int]] = positives
+        ) -> Tried | None:
             say(f"{name}, weight {weight:g}")
             kl, worst = trier.put(candidates[name], lambda writer: weight * share(writer))
             if kl > max_kl and not always:
@@ -129,7 +137,7 @@ def try_out(
         rough: dict[str, list[Tried]] = {}
         for name in candidates:
             for step in ladder:
-                one = attempt(name, step, positives[:FEW], always=step == ladder[0])
+                one = attempt(name, step, step == ladder[0], positives[:FEW])
                 if one is None:
                     break
                 rough.setdefault(name, []).append(one)
@@ -138,20 +146,20 @@ def try_out(
         best = sorted(rough, key=lambda name: order(min(rough[name], key=lambda one: one.left), max_kl))
         final: list[Tried] = []
         for name in best[:FINALISTS]:
-            final += _around(name, rough[name], lambda name, step: attempt(name, step, positives), weight is None)
-        if not final:
-            return [], None
+            final += _around(name, rough[name], attempt, weight is None)
     return final, min(final, key=lambda one: order(one, max_kl))
 
 
-def _around(
-    name: str, rough: Sequence[Tried], attempt: Callable[[str, float], Tried | None], several: bool
-) -> list[Tried]:
-    """A candidate on all prompts at the weight that sufficed on a few, and at the least one near it that suffices."""
+def _around(name: str, rough: Sequence[Tried], attempt: Attempt, several: bool) -> list[Tried]:
+    """A candidate on all prompts at the weight that sufficed on a few, and at the least one near it that suffices.
+
+    The first is there whatever its KL, so that there is always something to compare; `order` puts it last.
+    """
     last = min(rough, key=lambda one: (one.left, one.weight))
-    first = attempt(name, last.weight)
-    found = [first] if first else []
-    if not (first and several):
+    first = attempt(name, last.weight, True)
+    assert first is not None
+    found = [first]
+    if not several:
         return found
     down, weight = first.left == 0, first.weight  # where little is left, a little more is worth a look
     for _ in range(RAISES if first.left < 0.5 else 0):
