@@ -225,7 +225,8 @@ def measured(
         markers=markers_of(settings),
         **{name: getattr(settings, name) for name in ("max_new_tokens", "batch_size", "kl_tokens", "text", "samples")},
     )
-    block = steerability.best(extracted.separations[position]) if plan.block is None else plan.block
+    apart = [s for s in extracted.separations[position] if extracted.differs(s.block, position)]
+    block = steerability.best(apart) if plan.block is None else plan.block
     say("what is left of the direction")
     blocks = {e.writer.block for e in plan.edits}
     rows = {b: r for b, r in (plan.rows or extracted.by_block(plan.block, position)).items() if b in blocks}

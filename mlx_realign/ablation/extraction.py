@@ -21,6 +21,7 @@ GRID = 5  # positions of a template's end that are looked at
 COMPLETED = 64  # prompts of a set whose completions are made where nobody asked for them
 LEAST = 32  # prompts of a set for the direction, below which those that candidates are tried on are the same
 MEAN = "mean"
+ALIKE = "both sets give the same states there: the prompts do not differ where they are read."
 
 Position = int | str  # from a prompt's end, or MEAN
 
@@ -72,8 +73,14 @@ class Extracted:
         return vector[None]
 
     def by_block(self, block: int | None, position: Position) -> dict[int, np.ndarray]:
-        """What every block's writers lose; block None: each its own direction."""
-        return {t: self.removed(t if block is None else block, position, t) for t in range(self.blocks)}
+        """What every block's writers lose; block None: each its own direction, where `differs` says that it has one.
+
+        UserError where none has.
+        """
+        there = [t for t in range(self.blocks) if block is not None or self.differs(t, position)]
+        if not there:
+            raise UserError(ALIKE)
+        return {t: self.removed(t if block is None else block, position, t) for t in there}
 
     def direction(self, block: int | None, position: Position, data_hash: str, measured: dict[str, Any]) -> Direction:
         """All blocks' vectors at a position as a file keeps them, meant for the block that was chosen."""
@@ -96,7 +103,10 @@ class Extracted:
         return Direction({b: own(b, position) for b in there}, about, baseline, median)
 
     def differs(self, block: int, position: Position) -> bool:
-        """Whether there is a direction: the embeddings of a last token that all prompts share have none."""
+        """Whether there is a direction: the embeddings of a last token that all prompts share have none.
+
+        Nor has a block behind them that sees no further than the template's end, as the convolutions of hybrids do.
+        """
         positive, negative = self.sides(block, position)
         return bool((positive.mean(0, dtype=np.float64) - negative.mean(0, dtype=np.float64)).any())
 

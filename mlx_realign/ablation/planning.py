@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What is edited, by how much and why: as told, by what candidates do, or by a search."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -9,13 +9,13 @@ from typing import Any
 import numpy as np
 from rich.table import Table
 
-from .. import capture, rollout
+from .. import capture, rollout, vectors
 from ..errors import UserError
 from ..sampling import Sampling
 from ..writers import Writer
 from . import edit, select, tryout
 from .edit import Edit
-from .extraction import MEAN, Extracted, Position, Sets
+from .extraction import ALIKE, MEAN, Extracted, Position, Sets
 from .scorers import plain
 from .settings import Settings, markers_of, most_kl, weight_of
 
@@ -61,9 +61,20 @@ def decided(extracted: Extracted, sets: Sets, writers: list[Writer], settings: S
     share = shares(settings)
     rows = extracted.by_block(plan.block, plan.position)
     plan.edits = edit.plan(writers, rows, lambda writer: weight * share(writer))
-    plan.lines.append(f"removed: the direction of {name}, weight {weight:g}, {settings.variant}")
+    plan.lines += [f"removed: the direction of {name}, weight {weight:g}, {settings.variant}", *alone(rows, writers)]
     plan.facts |= {"direction": name, "weight": weight}
     return plan
+
+
+def alone(rows: Mapping[int, np.ndarray], writers: Sequence[Writer]) -> list[str]:
+    """Which of the blocks to edit have no direction. UserError where none has one."""
+    left = sorted({writer.block for writer in writers} - rows.keys())
+    if not left:
+        return []
+    told = f"block{'s' if len(left) > 1 else ''} {vectors.spans(left)}"
+    if all(writer.block in left for writer in writers):
+        raise UserError(f"--blocks: nothing to remove from {told}: {ALIKE}")
+    return [f"{told} left alone: {ALIKE}"]
 
 
 def shares(settings: Settings) -> Callable[[Writer], float]:
@@ -94,7 +105,7 @@ def sources(extracted: Extracted, sets: Sets, writers: list[Writer], settings: S
         blocks = [int(settings.block)]
     found = {(b, p): extracted.removed(b, p, b)[0] for p in extracted.states for b in blocks if extracted.differs(b, p)}
     if not found:
-        raise UserError("both sets give the same states there: the prompts do not differ where they are read.")
+        raise UserError(ALIKE)
     asked = prompts(extracted, sets, settings)
     tokens = first_tokens(extracted, asked, settings)
     return select.choose(extracted.policy, writers, found, *asked, tokens=tokens, max_kl=most_kl(settings))

@@ -1,0 +1,55 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From sets of prompts to what each block's writers lose: blocks without a direction, pairs."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from test_writers import policy_of
+
+from mlx_realign import ablate, cli, demo_world
+from mlx_realign.ablation.extraction import Extracted
+from mlx_realign.ablation.settings import Settings
+from mlx_realign.errors import UserError
+
+RNG = np.random.default_rng(5)
+
+
+def extracted(alike: tuple[int, ...], **options: Any) -> Extracted:
+    """States of 8 and 8 prompts behind the embeddings and three blocks, equal in both sets in the blocks `alike`."""
+    sides = RNG.standard_normal((8, 4, 64)) + 1, RNG.standard_normal((8, 4, 64))
+    for block in alike:
+        sides[0][:, block + 1] = sides[1][:, block + 1] = RNG.standard_normal(64)
+    settings = Settings(model="m", positive="p", **options)
+    return Extracted(policy_of("llama"), settings, [], {-1: sides}, {})
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"variant": "projected"}, {"method": "lda"}, {"method": "pca"}, {"method": "logistic"}, {"rank": 2}]
+)
+def test_blocks_that_see_the_template_alone_lose_nothing(options: dict[str, Any]):
+    """As behind a convolution of width 3, whose state at the last tokens of a template is the same for all prompts."""
+    found = extracted((-1, 0), **options)
+    rows = found.by_block(None, -1)
+    assert list(rows) == [1, 2] and all(np.isfinite(r).all() and r.any() for r in rows.values())
+    assert set(found.by_block(1, -1)) == {0, 1, 2}  # one block's direction is for all writers
+    with pytest.raises(UserError, match="both sets give the same states there"):
+        extracted((-1, 0, 1, 2), **options).by_block(None, -1)
+
+
+def test_an_ablation_of_a_hybrid_names_the_blocks_it_leaves_alone(
+    model_folder: Callable[..., Path], tmp_path: Path, capsys: Any
+):
+    rows = [row | {"prompt": row["prompt"] + " now?"} for row in demo_world.contrast_rows(24)]
+    (tmp_path / "sets.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    argv = ["--model", str(model_folder("lfm2")), "--positive", str(tmp_path / "sets.jsonl"), "--position", "last"]
+    argv += ["--no-prefix", "--block", "per-block", "--weight", "1", "--variant", "projected", "--max-new-tokens", "2"]
+    assert cli.run(ablate.main, [*argv, "--output", str(tmp_path / "out")]) == 0
+    assert "block 0 left alone: both sets give the same states there" in " ".join(capsys.readouterr().out.split())
+    found = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert {path.split(".")[2] for path in found["edits"]} == {"1", "2"}
+    assert cli.run(ablate.main, [*argv, "--blocks", "0", "--output", str(tmp_path / "none")]) == 2
+    assert "--blocks: nothing to remove from block 0: both sets give the same states" in capsys.readouterr().err
