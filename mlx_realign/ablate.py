@@ -27,7 +27,7 @@ from rich.console import Console
 
 from . import adapter, capture, cli, flags, steerability, taps, vectors
 from . import writers as writers_module
-from .ablation import edit, extraction, measure, planning, report, variants
+from .ablation import delivery, edit, extraction, measure, planning, report, variants
 from .ablation.edit import Applied
 from .ablation.extraction import Extracted, Sets
 from .ablation.measure import Bench, Measured
@@ -120,7 +120,7 @@ def run(
         lines.append(f"warning: {warning}")
     for drawn in (steerability.table(separations), *plan.tables):
         show(drawn)
-    applied, more = put_on(extracted, plan, sets, settings)
+    applied, more = delivery.put_on(extracted, plan, sets, settings)
     plan.lines = [*lines, *plan.lines, *more]
     for line in plan.lines:
         show(line, highlight=False, markup=False)
@@ -175,43 +175,7 @@ def blocks_of(text: str, count: int) -> set[int]:
     return found
 
 
-# ------------------------------------------------------------------ doing it
-
-
-def put_on(extracted: Extracted, plan: Plan, sets: Sets, settings: Settings) -> tuple[Applied, list[str]]:
-    """The edits on the policy, as the variant has them; sentences on what an adapter cannot hold."""
-    policy, edits, lines = extracted.policy, plan.edits, []
-    if not edits:
-        raise UserError("nothing is to be edited: all weights are 0.")
-    if settings.fuse and policy.config.get("quantization") and not (settings.force or settings.dequantize):
-        variants.save_fused(policy.folder, None, edits, settings.variant)  # raises, with what it would cost
-    if settings.fuse and not any("scales" in writers_module.module_at(policy.model, e.writer.path) for e in edits):
-        means = None
-        if settings.variant == "affine":
-            asked = capture.encode(policy, sets.fit[1][:128], prefix=extracted.prefix)
-            means = plan.facts["means"] = variants.means_of(policy, edits, asked)
-        return variants.rewrite(policy, edits, settings.variant, means), lines
-    if settings.variant == "affine":
-        raise UserError(
-            "--variant affine: the weights are quantised, and cannot be edited. Load them with --dtype float32."
-        )
-    if left := edit.bias_left(policy, edits):
-        worst = max(left, key=left.__getitem__)
-        lines.append(
-            f"{len(left)} writers have a bias, which an adapter cannot change: up to {left[worst]:.0%} of one lies "
-            f"along the direction ({worst}) and stays; --fuse edits it"
-        )
-    experts = any(e.writer.kind == "experts" for e in edits)
-    if settings.variant == "row-norm" and not experts and not adapter.adapters_of(policy.model):
-        return edit.put_on(policy, edits, dora=True), lines
-    if settings.variant not in variants.FULL_RANK:
-        return edit.put_on(policy, edits), lines
-    more, errors = variants.remainder(policy, edits, settings.variant, settings.extra_rank)
-    lines.append(
-        f"{settings.variant} is a change of full rank: the adapter's {settings.extra_rank} more ranks miss "
-        f"{np.mean(list(errors.values())):.1%} of it on average, {max(errors.values()):.1%} at most; --fuse is exact"
-    )
-    return edit.put_on(policy, edits, more=more), lines
+# ------------------------------------------------------------------ measured and written
 
 
 def measured(
@@ -244,13 +208,7 @@ def measured(
         "edits": {e.writer.path: e.weight for e in plan.edits},
         "held_out": measure.facts(found),
     }
-    after = facts["held_out"]
-    told = {"behaviour": [after["positive"]["behaviour"][when]["value"] for when in ("before", "after")]}
-    told |= {"kl_first_token": after["kl"]["first_token"], "left": max(found.leaks.values(), default=0.0)}
-    direction = extracted.direction(plan.block, position, contrast.hash, told)
-    if plan.rows and plan.block is not None:  # a search may take what lies between two blocks
-        mixed = plan.rows[plan.block] * direction.norm(plan.block)
-        direction = dataclasses.replace(direction, vectors=direction.vectors | {plan.block: mixed})
+    direction = delivery.direction_of(extracted, plan, contrast.hash, found)
     plan.facts["bench"] = bench
     return Result(policy, direction, plan, applied, found, facts)
 

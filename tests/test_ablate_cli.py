@@ -76,6 +76,12 @@ def test_the_folder_says_what_was_done(output: Path):
     direction = vectors.load(output / "direction.safetensors", policy=Policy.load("tiny-chat"))
     assert (direction.about.operator, direction.about.position) == ("ablate", "-3")
     assert direction.about.blocks == () and set(range(4)) <= set(direction.blocks)
+    assert list(direction.about.measured) == ["weight_edit"]  # steering with the file has other effects
+    told, rates = direction.about.measured["weight_edit"], held["positive"]["behaviour"]
+    assert (told["weight"], told["variant"], told["rank"]) == (1.25, "plain", 1)
+    assert told["behaviour"] == [rates[when]["value"] for when in ("before", "after")]
+    assert told["kl_first_token"] == held["kl"]["first_token"]
+    assert told["left"] == max(held["left_in_writers"].values())
 
 
 def test_two_files_of_prompts_do_as_well_and_json_is_one_object(sets: Path, tmp_path: Path, capsys: Any):
