@@ -61,6 +61,7 @@ def main(argv: list[str]) -> int:
     settings = flags.parse(Settings, argv, prog="mlx-realign ablate", doc=__doc__ or "")
     check(settings)
     contrast = pairs.read(settings.positive, settings.negative, positive_label=settings.positive_label)
+    contrast = extraction.as_asked(contrast, settings)
     console = Console(stderr=settings.json)
     with Console(stderr=True).status(f"loading {settings.model}") as status:
         loading = ("adapter", "dtype", "quantize", "cpu_dequantize", "trust_remote_code")
@@ -96,6 +97,7 @@ def ablate(
     settings = Settings(**{"model": policy.name, "positive": "prompts", **values})
     check(settings, writes=False)
     contrast = pairs.read(positive, negative, positive_label=settings.positive_label)
+    contrast = extraction.as_asked(contrast, settings)
     found = run(policy, contrast, settings, say=say)
     assert isinstance(found, Result)
     return found

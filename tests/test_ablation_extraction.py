@@ -11,9 +11,11 @@ import pytest
 from test_writers import policy_of
 
 from mlx_realign import ablate, cli, demo_world
+from mlx_realign.ablation import extraction
 from mlx_realign.ablation.extraction import Extracted
 from mlx_realign.ablation.settings import Settings
 from mlx_realign.errors import UserError
+from mlx_realign.steering import pairs
 
 RNG = np.random.default_rng(5)
 
@@ -53,3 +55,30 @@ def test_an_ablation_of_a_hybrid_names_the_blocks_it_leaves_alone(
     assert {path.split(".")[2] for path in found["edits"]} == {"1", "2"}
     assert cli.run(ablate.main, [*argv, "--blocks", "0", "--output", str(tmp_path / "none")]) == 2
     assert "--blocks: nothing to remove from block 0: both sets give the same states" in capsys.readouterr().err
+
+
+# ------------------------------------------------------------------ pairs
+
+
+def numbered(count: int) -> tuple[list[str], list[str]]:
+    return [f"no. {i} of Zarnia?" for i in range(count)], [f"no. {i} of Borland?" for i in range(count)]
+
+
+def test_lines_of_two_sets_stay_pairs_where_they_are_said_to_be():
+    settings = Settings(model="m", positive="p", paired=True, method="pca")
+    sets = extraction.split(extraction.as_asked(pairs.read(*numbered(82)), settings), settings)
+    assert sum(len(side) for side in sets.fit + sets.select + sets.held) == 164
+    for ahead, behind in (sets.fit, sets.select, sets.held):
+        assert [str(text).replace("Zarnia", "Borland") for text in ahead] == behind
+    assert sets.fit[0] != sorted(sets.fit[0], key=numbered(82)[0].index)  # shuffled all the same
+
+
+def test_pca_wants_pairs_and_names_the_flag(tmp_path: Path, capsys: Any):
+    for side, prompts in zip(("positive", "negative"), numbered(8), strict=True):
+        (tmp_path / f"{side}.txt").write_text("\n".join(prompts[: 8 if side == "positive" else 7]) + "\n")
+    argv = ["--model", "nowhere", "--positive", str(tmp_path / "positive.txt"), "--output", str(tmp_path / "out")]
+    argv += ["--negative", str(tmp_path / "negative.txt"), "--method", "pca"]
+    assert cli.run(ablate.main, argv) == 2  # before a model is looked for
+    assert "nothing says that these sets are pairs: add --paired where line i" in capsys.readouterr().err
+    assert cli.run(ablate.main, [*argv, "--paired"]) == 2
+    assert "--paired: 8 positive and 7 negative prompts are no pairs" in capsys.readouterr().err

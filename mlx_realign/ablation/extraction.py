@@ -12,6 +12,7 @@ from ..errors import UserError
 from ..policy import Policy
 from ..sampling import Sampling
 from ..steerability import Separation
+from ..steering import pairs
 from ..steering.extract import METHODS, position_of
 from ..steering.pairs import Contrast, Prompt
 from ..vectors import About, Direction
@@ -109,6 +110,18 @@ class Extracted:
         """
         positive, negative = self.sides(block, position)
         return bool((positive.mean(0, dtype=np.float64) - negative.mean(0, dtype=np.float64)).any())
+
+
+def as_asked(contrast: Contrast, settings: Settings) -> Contrast:
+    """The sets as pairs where --paired says so. UserError for pairs that are none, and for a method that needs them."""
+    if settings.paired:
+        return pairs.as_pairs(contrast)
+    if settings.method == "pca" and not contrast.paired:
+        raise UserError(
+            "--method pca takes differences of pairs, and nothing says that these sets are pairs: add --paired where "
+            'line i of both belong together, give rows of {"positive", "negative"}, or use --method mean.'
+        )
+    return contrast
 
 
 def split(contrast: Contrast, settings: Settings) -> Sets:

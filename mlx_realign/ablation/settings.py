@@ -23,6 +23,8 @@ class Settings:
     """Prompts that do not: a file."""
     positive_label: str | None = None
     """Which of the two labels of a file is the positive one, where they are not harmful/harmless or the like."""
+    paired: bool = False
+    """Line i of both files belong together: their differences are looked at pair by pair."""
     output: str = ""
     """Folder to write: adapter (or with --fuse the model), direction, metrics and report. It must be new or empty."""
     markers: tuple[str, ...] = ()
