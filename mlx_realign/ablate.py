@@ -32,7 +32,7 @@ from .ablation.edit import Applied
 from .ablation.extraction import Extracted, Sets
 from .ablation.measure import Bench, Measured
 from .ablation.planning import Plan, Say
-from .ablation.settings import Settings, check, markers_of
+from .ablation.settings import Settings, check, kl_limit, markers_of
 from .errors import UserError
 from .policy import Policy
 from .steering import pairs
@@ -189,6 +189,7 @@ def measured(
         *(capture.encode(policy, side) for side in sets.held),
         shown=[_shown(prompt) for side in sets.held for prompt in side],
         markers=markers_of(settings),
+        max_kl=kl_limit(settings),
         **{name: getattr(settings, name) for name in ("max_new_tokens", "batch_size", "kl_tokens", "text", "samples")},
     )
     apart = [s for s in extracted.separations[position] if extracted.differs(s.block, position)]

@@ -118,6 +118,21 @@ def test_where_every_candidate_costs_too_much_that_is_what_is_said(sets: Path, t
     printed = " ".join(capsys.readouterr().out.split())
     assert "no candidate takes the behaviour away within --max-kl 0.1: the best leaves" in printed
     assert "few replies to the positives" not in printed and "tried on completions" in printed
+    held = json.loads((tmp_path / "out" / "metrics.json").read_text())["held_out"]
+    assert held["kl"]["first_token"] > 0.1
+    note = f"first-token KL {held['kl']['first_token']:.3g} on the held-out negatives is above the 0.1 of --max-kl"
+    assert note in held["notes"] and note in printed
+
+
+def test_what_is_tried_and_what_is_delivered_are_told_apart(sets: Path, tmp_path: Path, capsys: Any):
+    argv = ["--positive", str(sets / "both.jsonl"), "--markers", MARKERS, "--max-new-tokens", "24", "--block", "2"]
+    argv += ["--position", "-3", "--select-prompts", "4", "--eval-limit", "4", "--weight", "1"]
+    told = "tried as plain projections of the first direction; delivered as column-norm of 2 directions"
+    for name, more in (("two", ["--rank", "2", "--variant", "column-norm"]), ("one", ["--variant", "projected"])):
+        assert run(*argv, *more, "--output", str(tmp_path / name)) == 0
+        assert (told in " ".join(capsys.readouterr().out.split())) == (name == "two")
+    notes = json.loads((tmp_path / "two" / "metrics.json").read_text())["held_out"]["notes"]
+    assert not any("--max-kl" in note for note in notes)  # weight and block were told, a KL was not
 
 
 def test_as_a_call_the_policy_is_ablated_in_place_and_can_go_back(sets: Path, monkeypatch: pytest.MonkeyPatch):

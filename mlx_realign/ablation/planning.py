@@ -18,6 +18,7 @@ from .edit import Edit
 from .extraction import ALIKE, MEAN, Extracted, Position, Sets
 from .scorers import plain
 from .settings import Settings, markers_of, most_kl, weight_of
+from .variants import FULL_RANK
 
 GLOBALS, MEANS = 3, 2  # candidates of one block that go on to completions, and those of completions' means among them
 FIRST_TOKENS = 32  # of completions by which it is told whether they show the behaviour
@@ -49,6 +50,7 @@ def decided(extracted: Extracted, sets: Sets, writers: list[Writer], settings: S
         chosen = sources(extracted, sets, writers, settings, say)
         plan.tables, plan.facts = [select.table(chosen)], {"selection": select.plain(chosen)}
         named, note = candidates(chosen, settings), chosen.note
+        plan.lines += stand_in(settings)
     name, weight, best = next(iter(named)), weight_of(settings), None
     if weight is None or len(named) > 1:
         best = by_completions(extracted, named, sets, writers, settings, plan, say)
@@ -64,6 +66,17 @@ def decided(extracted: Extracted, sets: Sets, writers: list[Writer], settings: S
     plan.lines += [f"removed: the direction of {name}, weight {weight:g}, {settings.variant}", *alone(rows, writers)]
     plan.facts |= {"direction": name, "weight": weight}
     return plan
+
+
+def stand_in(settings: Settings) -> list[str]:
+    """What was tried in place of what is delivered, where a trial's one plain projection is not that."""
+    several = settings.rank > 1
+    other = settings.variant in (*FULL_RANK, "affine")
+    delivered = [settings.variant] * other + [f"{settings.rank} directions"] * several
+    if not delivered:
+        return []
+    told = f"tried as plain projections{' of the first direction' if several else ''}"
+    return [f"{told}; delivered as {' of '.join(delivered)}, which may do less or more"]
 
 
 def alone(rows: Mapping[int, np.ndarray], writers: Sequence[Writer]) -> list[str]:
@@ -198,6 +211,7 @@ def searched(extracted: Extracted, sets: Sets, writers: list[Writer], settings: 
     plan = Plan(found.edits, None if kernel.source is None else round(kernel.source), position, list(found.notes))
     plan.tables = [select.table(chosen), pareto.table(found.trials, found.scorers, found.base, found.chosen)]
     plan.lines.append(f"removed: trial {number} of {journal}, states of {said(position)}, {settings.variant}")
+    plan.lines += stand_in(settings)
     plan.rows = {
         b: direction.unit(b) if kernel.source is None else direction.at(kernel.source) for b in direction.blocks
     }

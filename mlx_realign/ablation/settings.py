@@ -209,6 +209,12 @@ def most_kl(settings: Settings) -> float:
     return 0.1 if settings.max_kl is None else settings.max_kl
 
 
+def kl_limit(settings: Settings) -> float | None:
+    """Nats that the edit was to stay within: --max-kl, or what auto takes; None where neither was asked."""
+    chosen = not settings.search and "auto" in (settings.weight, settings.block)
+    return most_kl(settings) if chosen or settings.max_kl is not None else None
+
+
 def markers_of(settings: Settings) -> tuple[str, ...]:
     """--markers, read from a file where it names one. UserError where there is none in it."""
     if not settings.markers:
