@@ -133,6 +133,8 @@ def run(
     if settings.output:
         say("writing")
         save(result, extracted, settings)
+        if settings.fuse:
+            show(result.facts["stored"]["told"], highlight=False, markup=False)
         show(f"written to {settings.output}; {report_use(settings, result.policy)}", highlight=False, markup=False)
     return result
 
@@ -230,12 +232,9 @@ def save(result: Result, extracted: Extracted, settings: Settings) -> None:
             means=plan.facts.get("means"),
             **{name: getattr(settings, name) for name in ("force", "dequantize", "trust_remote_code")},
         )
-        worst = max(stored.left.values(), default=0.0)
-        told = (
-            f"Storing the weights rounded them by {stored.rounding:.2%} of the edit; up to {worst:.2%} of B W is left."
-        )
+        told = delivery.as_stored(policy, plan.edits, stored)
         more.append(("### In the stored weights", told))
-        result.facts["stored"] = stored._asdict()
+        result.facts["stored"] = {**stored._asdict(), "told": told}
     else:
         adapter.save(policy.model, output, base_model=policy.name)
     vectors.save(result.direction, output / "direction.safetensors")

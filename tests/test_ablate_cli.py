@@ -93,14 +93,17 @@ def test_two_files_of_prompts_do_as_well_and_json_is_one_object(sets: Path, tmp_
     assert config["fine_tune_type"] == "dora"
 
 
-def test_fused_into_a_model_folder(sets: Path, tmp_path: Path):
+def test_fused_into_a_model_folder(sets: Path, tmp_path: Path, capsys: Any):
     argv = ["--positive", str(sets / "both.jsonl"), *QUICK, "--fuse", "--variant", "column-norm"]
     assert run(*argv, "--output", str(tmp_path / "out")) == 0
     assert not (tmp_path / "out" / "adapters.safetensors").exists()
     fused, base = Policy.load(str(tmp_path / "out")), Policy.load("tiny-chat")
     tokens = mx.array([[5, 6, 7, 300, 301]])
     assert mx.abs(fused.model(tokens) - base.model(tokens)).max().item() > 1e-2  # type: ignore[operator]
-    assert "stored" in json.loads((tmp_path / "out" / "metrics.json").read_text())
+    stored = json.loads((tmp_path / "out" / "metrics.json").read_text())["stored"]
+    printed = " ".join(capsys.readouterr().out.split())
+    assert stored["told"] in (tmp_path / "out" / "report.md").read_text() and stored["told"] in printed
+    assert f"Storing the weights ({stored['form']}) rounded them by" in printed
 
 
 def test_a_dry_run_prints_the_plan_and_writes_nothing(sets: Path, tmp_path: Path, capsys: Any):

@@ -2,6 +2,7 @@
 """How what was decided is delivered: on the policy as an adapter or in its weights, and as a direction's file."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -9,6 +10,7 @@ import numpy as np
 from .. import adapter, capture
 from .. import writers as writers_module
 from ..errors import UserError
+from ..policy import Policy
 from ..vectors import Direction
 from . import edit, variants
 from .edit import Applied
@@ -16,6 +18,8 @@ from .extraction import Extracted, Sets
 from .measure import Measured
 from .planning import Plan
 from .settings import Settings
+
+MEASURED_BEFORE = "Rates, KL and perplexity are of the edit in memory, before this rounding."
 
 
 def put_on(extracted: Extracted, plan: Plan, sets: Sets, settings: Settings) -> tuple[Applied, list[str]]:
@@ -52,6 +56,18 @@ def put_on(extracted: Extracted, plan: Plan, sets: Sets, settings: Settings) -> 
         f"{np.mean(list(errors.values())):.1%} of it on average, {max(errors.values()):.1%} at most; --fuse is exact"
     )
     return edit.put_on(policy, edits, more=more), lines
+
+
+def as_stored(policy: Policy, edits: Sequence[edit.Edit], stored: variants.Stored) -> str:
+    """What storing has cost, and whether the weights that were measured are those."""
+    forms = {variants.form(writers_module.module_at(policy.model, e.writer.path)) for e in edits}
+    same = forms == {stored.form} and not adapter.adapters_of(policy.model)
+    about = "These are the weights that were measured." if same else MEASURED_BEFORE
+    worst, back = (max(shares.values(), default=0.0) for shares in (stored.left, stored.back))
+    return (
+        f"Storing the weights ({stored.form}) rounded them by {stored.rounding:.2%} of the edit; up to {worst:.2%} of "
+        f"B W is left, and rounding alone put up to {back:.2%} of it back. {about}"
+    )
 
 
 def weight_edit(plan: Plan, found: Measured, settings: Settings) -> dict[str, Any]:
