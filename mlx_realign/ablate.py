@@ -200,7 +200,7 @@ def measured(
     blocks = {e.writer.block for e in plan.edits}
     rows = {b: r for b, r in (plan.rows or extracted.by_block(plan.block, position)).items() if b in blocks}
     left = edit.leaks(applied), edit.left_in_blocks(policy, rows)
-    removed = measure.Removed(extracted.raw(block, position), block, position, extracted.prefix)
+    removed = measure.Removed(extracted.raw(block, position), round(block), position, extracted.prefix)
     found = measure.measure(applied, bench, removed, left, say=say)
     facts = {
         "settings": dataclasses.asdict(settings),

@@ -7,6 +7,7 @@ from typing import Any
 
 import mlx.core as mx
 import mlx_lm
+import numpy as np
 import pytest
 
 import mlx_realign as mr
@@ -127,6 +128,27 @@ def test_where_every_candidate_costs_too_much_that_is_what_is_said(sets: Path, t
     assert note in held["notes"] and note in printed
 
 
+def test_a_direction_between_two_blocks_is_named_so_everywhere(sets: Path, tmp_path: Path, capsys: Any):
+    argv = ["--positive", str(sets / "both.jsonl"), "--markers", MARKERS, "--max-new-tokens", "24", "--position", "-3"]
+    argv += ["--select-prompts", "4", "--eval-limit", "4", "--block"]
+    for block in ("2", "3", "2.25"):
+        more = ["--weight", "1"] if block != "2.25" else []
+        assert run(*argv, block, *more, "--output", str(tmp_path / block)) == 0
+    found = json.loads((tmp_path / "2.25" / "metrics.json").read_text())
+    assert found["block"] == 2.25 and found["direction"] == "block 2.25, token -3"
+    assert {one["block"] for one in found["selection"]["candidates"]} == {2.25}
+    assert "removed: the direction of block 2.25, token -3, weight" in (tmp_path / "2.25" / "report.md").read_text()
+    assert "its direction is measured behind block 2" in " ".join(capsys.readouterr().out.split())
+    two, three, mixed = (vectors.load(tmp_path / name / "direction.safetensors") for name in ("2", "3", "2.25"))
+    assert mixed.about.blocks == (2,) and mixed.about.measured["weight_edit"]["block"] == 2.25
+    expected = 0.75 * two.unit(2) + 0.25 * three.unit(3)
+    assert mixed.unit(2) == pytest.approx(expected / np.linalg.norm(expected), abs=1e-6)
+    assert mixed.norm(2) == pytest.approx(two.norm(2), rel=1e-6)
+    config = mx.load(str(tmp_path / "2.25" / "adapters.safetensors"))  # B of the adapter is -weight * unit
+    b = np.array(config["model.layers.0.mlp.down_proj.lora_b"])[0]  # type: ignore[index]
+    assert -b / np.linalg.norm(b) == pytest.approx(mixed.unit(2), abs=1e-5)
+
+
 def test_what_is_tried_and_what_is_delivered_are_told_apart(sets: Path, tmp_path: Path, capsys: Any):
     argv = ["--positive", str(sets / "both.jsonl"), "--markers", MARKERS, "--max-new-tokens", "24", "--block", "2"]
     argv += ["--position", "-3", "--select-prompts", "4", "--eval-limit", "4", "--weight", "1"]
@@ -196,7 +218,15 @@ PAIRS = '{"prompt": "a", "chosen": "b", "rejected": "c"}\n' * 4
             ["--positive", "both.jsonl", "--output", "new", "--weight", "much"],
             "--weight much: expected auto or a number",
         ),
-        (["--positive", "both.jsonl", "--output", "new", "--block", "x"], "--block x: expected auto, per-block, or"),
+        (["--positive", "both.jsonl", "--output", "new", "--block", "x"], "--block x: expected auto, per-block, the n"),
+        (
+            ["--positive", "both.jsonl", "--output", "new", "--block", "3.5"],
+            "--block 3.5: the model has the blocks",
+        ),
+        (
+            ["--positive", "both.jsonl", "--output", "new", "--block", "1.5", "--rank", "2"],
+            "between two blocks",
+        ),
         (["--positive", "both.jsonl", "--output", "new", "--block", "9"], "--block 9: the model has the blocks 0 to 3"),
         (["--positive", "both.jsonl", "--output", "new", "--blocks", "2-7"], "--blocks 2-7: the model has the blocks"),
         (["--positive", "both.jsonl", "--output", "new", "--variant", "affine"], "--variant affine needs a bias"),

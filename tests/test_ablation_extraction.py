@@ -57,6 +57,24 @@ def test_an_ablation_of_a_hybrid_names_the_blocks_it_leaves_alone(
     assert "--blocks: nothing to remove from block 0: both sets give the same states" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("variant", ["plain", "projected", "biprojected"])
+def test_between_two_blocks_lies_the_interpolated_unit_vector(variant: str):
+    found = extracted((-1,), variant=variant)
+    sides = [side.astype(np.float64).mean(0) for side in found.states[-1]]
+    units, lengths = [], []
+    for block in (1, 2):
+        vector, baseline = sides[0][block + 1] - sides[1][block + 1], sides[1][block + 1]
+        baseline = {"plain": 0 * baseline, "projected": baseline, "biprojected": sides[1][0 + 1]}[variant]
+        size = np.linalg.norm(vector)
+        vector = vector - (vector @ baseline) / max(baseline @ baseline, 1e-30) * baseline
+        lengths.append(size if variant == "biprojected" else np.linalg.norm(vector))
+        units.append(vector / np.linalg.norm(vector))
+    expected = 0.75 * units[0] + 0.25 * units[1]
+    expected *= (0.75 * lengths[0] + 0.25 * lengths[1]) / np.linalg.norm(expected)
+    np.testing.assert_allclose(found.by_block(1.25, -1)[0], expected[None], rtol=1e-9)
+    assert found.differs(1.25, -1) and not found.differs(-0.5, -1)  # block -1 has none
+
+
 # ------------------------------------------------------------------ pairs
 
 

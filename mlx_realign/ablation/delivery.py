@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from .. import adapter, capture
+from .. import adapter, capture, directions
 from .. import writers as writers_module
 from ..errors import UserError
 from ..policy import Policy
@@ -74,15 +74,17 @@ def weight_edit(plan: Plan, found: Measured, settings: Settings) -> dict[str, An
     """What a direction's file says of the edit that was measured: steering along the direction has other effects."""
     rates = [float(sides[0].failed.mean()) for sides in (found.before, found.after)]
     how = {name: plan.facts[name] for name in ("weight", "kernel") if name in plan.facts}
-    how |= {"variant": settings.variant, "rank": settings.rank}
+    how |= {"block": plan.block, "variant": settings.variant, "rank": settings.rank}
     return {**how, "behaviour": rates, "kl_first_token": found.kl_first, "left": max(found.leaks.values(), default=0.0)}
 
 
 def direction_of(extracted: Extracted, plan: Plan, data_hash: str, found: Measured) -> Direction:
     """The direction as its file keeps it, with what the edit of the weights was measured to do."""
     told = {"weight_edit": weight_edit(plan, found, extracted.settings)}
-    direction = extracted.direction(plan.block, plan.position, data_hash, told)
-    if not plan.rows or plan.block is None:
+    block = None if plan.block is None else round(plan.block)
+    direction = extracted.direction(block, plan.position, data_hash, told)
+    if block is None or (plan.rows is None and plan.block == block):
         return direction
-    mixed = plan.rows[plan.block] * direction.norm(plan.block)  # a search may take what lies between two blocks
-    return dataclasses.replace(direction, vectors=direction.vectors | {plan.block: mixed})
+    rows = plan.rows or extracted.by_block(plan.block, plan.position)  # --block and a search may take what lies between
+    mixed = directions.unit(np.atleast_2d(rows[block])[0]) * direction.norm(block)
+    return dataclasses.replace(direction, vectors=direction.vectors | {block: mixed})

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Prompts -> directions of every block at the positions where they may be read, and how well each separates."""
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -56,13 +57,17 @@ class Extracted:
         positive, negative = self.states[position]
         return positive[:, block + 1], negative[:, block + 1]
 
-    def raw(self, block: int, position: Position) -> np.ndarray:
-        """The direction as it is extracted, not normalised, float64 [d]."""
-        return directions.extract(METHODS[self.settings.method], *self.sides(block, position))
+    def raw(self, block: float, position: Position) -> np.ndarray:
+        """The direction as it is extracted, not normalised, float64 [d]; of 2.5, between those of blocks 2 and 3."""
+        if not float(block).is_integer():
+            return between({b: self.raw(b, position) for b in neighbours(block)}, block)
+        return directions.extract(METHODS[self.settings.method], *self.sides(int(block), position))
 
-    def removed(self, block: int, position: Position, target: int) -> np.ndarray:
-        """Rows [k, d] that writers of block `target` lose where the direction is taken from `block`."""
-        positive, negative = self.sides(block, position)
+    def removed(self, block: float, position: Position, target: int) -> np.ndarray:
+        """Rows [k, d] that writers of block `target` lose where the direction is taken from `block`; k is 1 for 2.5."""
+        if not float(block).is_integer():
+            return between({b: self.removed(b, position, target)[0] for b in neighbours(block)}, block)[None]
+        positive, negative = self.sides(int(block), position)
         if self.settings.rank > 1:
             return directions.subspace(positive, negative, self.settings.rank)
         vector = self.raw(block, position)
@@ -73,7 +78,7 @@ class Extracted:
             vector = directions.biprojected(vector, there)
         return vector[None]
 
-    def by_block(self, block: int | None, position: Position) -> dict[int, np.ndarray]:
+    def by_block(self, block: float | None, position: Position) -> dict[int, np.ndarray]:
         """What every block's writers lose; block None: each its own direction, where `differs` says that it has one.
 
         UserError where none has.
@@ -103,13 +108,25 @@ class Extracted:
         own = self.raw if settings.rank > 1 else lambda b, position: self.removed(b, position, b)[0]
         return Direction({b: own(b, position) for b in there}, about, baseline, median)
 
-    def differs(self, block: int, position: Position) -> bool:
+    def differs(self, block: float, position: Position) -> bool:
         """Whether there is a direction: the embeddings of a last token that all prompts share have none.
 
         Nor has a block behind them that sees no further than the template's end, as the convolutions of hybrids do.
         """
-        positive, negative = self.sides(block, position)
-        return bool((positive.mean(0, dtype=np.float64) - negative.mean(0, dtype=np.float64)).any())
+        sides = [self.sides(b, position) for b in neighbours(block)]
+        return all((a.mean(0, dtype=np.float64) - b.mean(0, dtype=np.float64)).any() for a, b in sides)
+
+
+def neighbours(block: float) -> list[int]:
+    """The block, or the two that it lies between."""
+    return sorted({math.floor(block), math.ceil(block)})
+
+
+def between(vectors: Mapping[int, np.ndarray], block: float) -> np.ndarray:
+    """As `Direction.at` has it, float64 [d], at the length that lies as far between those of the two blocks."""
+    low, high = neighbours(block)
+    length = np.interp(block, (low, high), [float(np.linalg.norm(vectors[b])) for b in (low, high)])
+    return length * directions.interpolate(vectors, block)
 
 
 def as_asked(contrast: Contrast, settings: Settings) -> Contrast:

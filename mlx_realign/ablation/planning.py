@@ -17,14 +17,14 @@ from . import edit, select, tryout
 from .edit import Edit
 from .extraction import ALIKE, MEAN, Extracted, Position, Sets
 from .scorers import plain
-from .settings import Settings, markers_of, most_kl, weight_of
+from .settings import Settings, block_of, markers_of, most_kl, weight_of
 from .variants import FULL_RANK
 
 GLOBALS, MEANS = 3, 2  # candidates of one block that go on to completions, and those of completions' means among them
 FIRST_TOKENS = 32  # of completions by which it is told whether they show the behaviour
 
 Say = Callable[[str], None]
-Where = tuple[int | None, Position]  # block (None: each its own) and position
+Where = tuple[float | None, Position]  # block (None: each its own) and position
 
 
 @dataclass
@@ -32,7 +32,7 @@ class Plan:
     """What is to be done, and why."""
 
     edits: list[Edit]
-    block: int | None  # whose direction all writers lose; None: each block its own
+    block: float | None  # whose direction all writers lose, also between two; None: each block its own
     position: Position
     lines: list[str] = field(default_factory=list)
     tables: list[Table] = field(default_factory=list)
@@ -64,6 +64,9 @@ def decided(extracted: Extracted, sets: Sets, writers: list[Writer], settings: S
     rows = extracted.by_block(plan.block, plan.position)
     plan.edits = edit.plan(writers, rows, lambda writer: weight * share(writer))
     plan.lines += [f"removed: the direction of {name}, weight {weight:g}, {settings.variant}", *alone(rows, writers)]
+    if plan.block is not None and round(plan.block) != plan.block:
+        kept = f"its direction is measured behind block {round(plan.block)}, and kept as that block's in the file"
+        plan.lines.append(f"block {plan.block:g} lies between two: {kept}")
     plan.facts |= {"direction": name, "weight": weight}
     return plan
 
@@ -111,12 +114,17 @@ def candidates(chosen: select.Chosen, settings: Settings) -> dict[str, Where]:
 def sources(extracted: Extracted, sets: Sets, writers: list[Writer], settings: Settings, say: Say) -> select.Chosen:
     """Blocks and positions in order, by bypass, induce and KL."""
     say("which block and position")
-    blocks = list(range(extracted.blocks))
-    if settings.block.isdecimal():
-        if int(settings.block) not in blocks:
+    blocks: list[float] = list(range(extracted.blocks))
+    if (block := block_of(settings)) is not None:
+        if block > blocks[-1]:
             raise UserError(f"--block {settings.block}: the model has the blocks 0 to {blocks[-1]}.")
-        blocks = [int(settings.block)]
-    found = {(b, p): extracted.removed(b, p, b)[0] for p in extracted.states for b in blocks if extracted.differs(b, p)}
+        blocks = [block]
+    found = {
+        (b, p): extracted.removed(b, p, round(b))[0]
+        for p in extracted.states
+        for b in blocks
+        if extracted.differs(b, p)
+    }
     if not found:
         raise UserError(ALIKE)
     asked = prompts(extracted, sets, settings)

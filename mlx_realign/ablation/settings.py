@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What `ablate` can be told, and what cannot be meant."""
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -50,7 +51,7 @@ class Settings:
     position: str = "auto"
     """Where states are taken: last (prompt token), -3, mean (over the model's completions), or auto: the best."""
     block: str = "auto"
-    """Whose direction is removed: 12, from all writers; per-block, each block its own; auto: whichever leaves less."""
+    """Whose direction is removed: 12, from all writers (12.5: between two); per-block, each its own; auto: the best."""
     weight: str = "auto"
     """How much of it: 1 all; above 1 makes up for embeddings, which are left alone; auto: the least that suffices."""
     attention_weight: float = 1.0
@@ -138,8 +139,7 @@ def check(settings: Settings, *, writes: bool = True) -> None:
         position_of(settings.position)
     weight_of(settings)
     markers_of(settings)
-    if settings.block not in ("auto", "per-block") and not settings.block.isdecimal():
-        raise UserError(f"--block {settings.block}: expected auto, per-block, or the number of a block.")
+    block_of(settings)
     _clashes(settings)
     if settings.text and not Path(settings.text).expanduser().is_file():
         raise UserError(f"--text {settings.text}: no such file.")
@@ -165,6 +165,8 @@ def _clashes(settings: Settings) -> None:
         )
     if settings.rank > 1 and settings.method != "mean":
         raise UserError(f"--rank {settings.rank} begins with the mean difference: it goes with --method mean only.")
+    if settings.rank > 1 and isinstance(block_of(settings), float):
+        raise UserError(f"--rank {settings.rank} and --block {settings.block}: between two blocks lies one direction.")
     if settings.rank > 1 and settings.variant in ("projected", "biprojected"):
         raise UserError(f"--rank {settings.rank} and --variant {settings.variant} do not go together: use --rank 1.")
     kinds = (settings.attention_weight, settings.mlp_weight, settings.experts_weight)
@@ -189,6 +191,18 @@ def _clashes(settings: Settings) -> None:
         raise UserError(
             "--search finds block and weights itself, for one direction: leave --block, --weight, --rank off."
         )
+
+
+def block_of(settings: Settings) -> float | None:
+    """--block as a number, an int where it is one block; None for auto and per-block."""
+    if settings.block in ("auto", "per-block"):
+        return None
+    if not re.fullmatch(r"[0-9]+(\.[0-9]+)?", settings.block):
+        raise UserError(
+            f"--block {settings.block}: expected auto, per-block, the number of a block, or one between two, as 12.5."
+        )
+    block = float(settings.block)
+    return int(block) if block.is_integer() else block
 
 
 def weight_of(settings: Settings) -> float | None:
