@@ -3,6 +3,7 @@
 
     mlx-realign ablate --model M --positive does.txt --negative does-not.txt --markers "I cannot,I won't" --output out
     mlx-realign ablate --model M --positive labelled.jsonl --output out --search --trials 200
+    mlx-realign ablate --model M --positive labelled.jsonl --direction extracted.safetensors --output out
     mlx-realign ablate --model M --positive labelled.jsonl --dry-run
 
 Sets: two .txt files with a prompt per line (or .jsonl with "prompt"), or one .jsonl of {"prompt", "label"} rows. The
@@ -111,8 +112,9 @@ def run(
     sets = extraction.split(contrast, settings)
     say("what writes to the residual stream")
     writers, lines = wanted_writers(policy, settings)
-    extracted = extraction.extract(policy, sets, settings, paired=contrast.paired, say=say)
-    lines = [*told_sets(sets), *lines, *told_prefix(extracted)]
+    given, settings = extraction.given(policy, settings)
+    extracted = extraction.extract(policy, sets, settings, paired=contrast.paired, say=say, given=given)
+    lines = [*told_sets(sets), *lines, *told_prefix(extracted), *told_given(extracted, contrast)]
     if settings.dry_run:
         return dry_run(extracted, writers, lines, settings, show)
     decide = planning.searched if settings.search else planning.decided
@@ -290,6 +292,17 @@ def told_prefix(extracted: Extracted) -> list[str]:
         return []
     text = extracted.policy.tokenizer.decode(extracted.prefix)
     return [f"all completions begin with {text!r}: states were taken behind it (--no-prefix: before it)"]
+
+
+def told_given(extracted: Extracted, contrast: Contrast) -> list[str]:
+    """Where the vectors are from, where a file gave them."""
+    if (given := extracted.given) is None:
+        return []
+    about, name = given.about, extracted.settings.direction
+    lines = [f"vectors of {name} ({about.method}): the prompts for the direction only say how far apart the sets are"]
+    if about.data_hash == contrast.hash:
+        lines.append(f"warning: {name} is from these very prompts: what is held out here was not held out from it")
+    return lines
 
 
 def report_use(settings: Settings, policy: Policy) -> str:

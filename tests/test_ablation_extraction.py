@@ -3,19 +3,23 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
 import numpy as np
 import pytest
 from test_writers import policy_of
 
-from mlx_realign import ablate, cli, demo_world
+from mlx_realign import ablate, adapter, cli, demo_world, fingerprint, vectors
 from mlx_realign.ablation import extraction
 from mlx_realign.ablation.extraction import Extracted
 from mlx_realign.ablation.settings import Settings
 from mlx_realign.errors import UserError
+from mlx_realign.policy import Policy
 from mlx_realign.steering import pairs
+from mlx_realign.vectors import About, Direction
 
 RNG = np.random.default_rng(5)
 
@@ -73,6 +77,60 @@ def test_between_two_blocks_lies_the_interpolated_unit_vector(variant: str):
     expected *= (0.75 * lengths[0] + 0.25 * lengths[1]) / np.linalg.norm(expected)
     np.testing.assert_allclose(found.by_block(1.25, -1)[0], expected[None], rtol=1e-9)
     assert found.differs(1.25, -1) and not found.differs(-0.5, -1)  # block -1 has none
+
+
+# ------------------------------------------------------------------ a direction that is there already
+
+ASKED = {"markers": ("rather not",), "max_new_tokens": 2, "select_prompts": 2, "eval_limit": 2, "weight": "1"}
+
+
+def ablated(file: Path, **options: Any) -> tuple[ablate.Result, dict[int, np.ndarray]]:
+    """tiny-chat after it lost a file's direction, and what each block's MLP lost of it: unit [d], B of the adapter."""
+    result = ablate.ablate(Policy.load("tiny-chat"), *numbered(24), direction=str(file), **ASKED | options)
+    layers = adapter.adapters_of(result.policy.model)
+    lost = {e.writer.block: -np.array(layers[e.writer.path].lora_b)[0] for e in result.plan.edits}
+    return result, lost
+
+
+def unit(vector: np.ndarray) -> Any:
+    return pytest.approx(vector / np.linalg.norm(vector), abs=1e-5)
+
+
+def test_the_direction_of_a_file_is_what_writers_lose(tmp_path: Path):
+    given = {block: RNG.standard_normal(192).astype(np.float32) for block in range(4)}
+    about = About(position="-3", blocks=(2,), base_hash=fingerprint.base(Policy.load("tiny-chat").model), data_hash="d")
+    vectors.save(Direction(given, about), tmp_path / "given.safetensors")
+    result, lost = ablated(tmp_path / "given.safetensors")
+    assert lost == {block: unit(given[2]) for block in range(4)}  # of its own block
+    assert (result.plan.block, result.plan.position) == (2, -3)
+    kept = result.direction
+    assert kept.about.blocks == (2,) and kept.about.data_hash == "d" and kept.unit(2) == unit(given[2])
+    assert ablated(tmp_path / "given.safetensors", block="1")[1][0] == unit(given[1])
+    each = ablated(tmp_path / "given.safetensors", block="per-block")[1]
+    assert each == {block: unit(given[block]) for block in range(4)}
+    halves = [given[block] / np.linalg.norm(given[block]) for block in (2, 3)]
+    assert ablated(tmp_path / "given.safetensors", block="2.5")[1][0] == unit(halves[0] + halves[1])
+    vectors.save(Direction(given, replace(about, base_hash="other")), tmp_path / "other.safetensors")
+    with pytest.raises(UserError, match="made on another model, whose weights are others"):
+        ablated(tmp_path / "other.safetensors")
+
+
+def test_a_control_vector_of_another_program_serves_too(tmp_path: Path):
+    given = {block: RNG.standard_normal(192).astype(np.float32) for block in (1, 3)}
+    facts: dict[str, Any] = {"general.architecture": "controlvector", "controlvector.model_hint": "llama"}
+    mx.save_gguf(str(tmp_path / "v.gguf"), {f"direction.{b}": mx.array(v) for b, v in given.items()}, facts)
+    result, lost = ablated(tmp_path / "v.gguf", block="per-block")
+    assert lost == {block: unit(vector) for block, vector in given.items()} and result.plan.position == -1
+    assert any(line.startswith("blocks 0, 2 left alone: --direction") for line in result.plan.lines)
+    with pytest.raises(UserError, match=r"--direction .*v.gguf has no vector there"):
+        ablated(tmp_path / "v.gguf", block="2")
+    for name, value, flag in (("rank", 2, "rank"), ("position", "-3", "position"), ("prefix", False, "no-prefix")):
+        with pytest.raises(
+            UserError, match=f"--direction is extracted already, and says from where: leave --{flag} off"
+        ):
+            ablated(tmp_path / "v.gguf", **{name: value})
+    with pytest.raises(UserError, match="--direction .*none.gguf: no such file"):
+        ablated(tmp_path / "none.gguf")
 
 
 # ------------------------------------------------------------------ pairs

@@ -15,7 +15,7 @@ from ..sampling import Sampling
 from ..writers import Writer
 from . import edit, select, tryout
 from .edit import Edit
-from .extraction import ALIKE, MEAN, Extracted, Position, Sets
+from .extraction import MEAN, Extracted, Position, Sets
 from .scorers import plain
 from .settings import Settings, block_of, markers_of, most_kl, weight_of
 from .variants import FULL_RANK
@@ -63,7 +63,10 @@ def decided(extracted: Extracted, sets: Sets, writers: list[Writer], settings: S
     share = shares(settings)
     rows = extracted.by_block(plan.block, plan.position)
     plan.edits = edit.plan(writers, rows, lambda writer: weight * share(writer))
-    plan.lines += [f"removed: the direction of {name}, weight {weight:g}, {settings.variant}", *alone(rows, writers)]
+    plan.lines += [
+        f"removed: the direction of {name}, weight {weight:g}, {settings.variant}",
+        *alone(rows, writers, extracted.none),
+    ]
     if plan.block is not None and round(plan.block) != plan.block:
         kept = f"its direction is measured behind block {round(plan.block)}, and kept as that block's in the file"
         plan.lines.append(f"block {plan.block:g} lies between two: {kept}")
@@ -82,15 +85,15 @@ def stand_in(settings: Settings) -> list[str]:
     return [f"{told}; delivered as {' of '.join(delivered)}, which may do less or more"]
 
 
-def alone(rows: Mapping[int, np.ndarray], writers: Sequence[Writer]) -> list[str]:
+def alone(rows: Mapping[int, np.ndarray], writers: Sequence[Writer], why: str) -> list[str]:
     """Which of the blocks to edit have no direction. UserError where none has one."""
     left = sorted({writer.block for writer in writers} - rows.keys())
     if not left:
         return []
     told = f"block{'s' if len(left) > 1 else ''} {vectors.spans(left)}"
     if all(writer.block in left for writer in writers):
-        raise UserError(f"--blocks: nothing to remove from {told}: {ALIKE}")
-    return [f"{told} left alone: {ALIKE}"]
+        raise UserError(f"--blocks: nothing to remove from {told}: {why}")
+    return [f"{told} left alone: {why}"]
 
 
 def shares(settings: Settings) -> Callable[[Writer], float]:
@@ -114,10 +117,10 @@ def candidates(chosen: select.Chosen, settings: Settings) -> dict[str, Where]:
 def sources(extracted: Extracted, sets: Sets, writers: list[Writer], settings: Settings, say: Say) -> select.Chosen:
     """Blocks and positions in order, by bypass, induce and KL."""
     say("which block and position")
-    blocks: list[float] = list(range(extracted.blocks))
+    blocks, last = [*extracted.meant], extracted.blocks - 1
     if (block := block_of(settings)) is not None:
-        if block > blocks[-1]:
-            raise UserError(f"--block {settings.block}: the model has the blocks 0 to {blocks[-1]}.")
+        if block > last:
+            raise UserError(f"--block {settings.block}: the model has the blocks 0 to {last}.")
         blocks = [block]
     found = {
         (b, p): extracted.removed(b, p, round(b))[0]
@@ -126,7 +129,7 @@ def sources(extracted: Extracted, sets: Sets, writers: list[Writer], settings: S
         if extracted.differs(b, p)
     }
     if not found:
-        raise UserError(ALIKE)
+        raise UserError(extracted.none)
     asked = prompts(extracted, sets, settings)
     tokens = first_tokens(extracted, asked, settings)
     return select.choose(extracted.policy, writers, found, *asked, tokens=tokens, max_kl=most_kl(settings))

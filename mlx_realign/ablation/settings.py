@@ -42,6 +42,8 @@ class Settings:
     """Prompts of each set that candidates are tried on."""
     method: Literal["mean", "pca", "logistic", "lda"] = "mean"
     """mean: difference of the means; pca: first component of the pairs' differences."""
+    direction: str | None = None
+    """File of `steer extract` or GGUF vector to remove; prompts are then for the weight and the measures alone."""
     rank: int = 1
     """Directions to remove: 1, or a subspace of so many (the mean difference first)."""
     winsorise: float = 1.0
@@ -143,6 +145,10 @@ def check(settings: Settings, *, writes: bool = True) -> None:
     _clashes(settings)
     if settings.text and not Path(settings.text).expanduser().is_file():
         raise UserError(f"--text {settings.text}: no such file.")
+    if settings.direction and not Path(settings.direction).expanduser().is_file():
+        raise UserError(
+            f"--direction {settings.direction}: no such file. `mlx-realign steer extract` writes directions."
+        )
     output = Path(settings.output)
     if writes and not settings.output and not settings.dry_run:
         raise UserError("--output is needed: the folder to write. --dry-run writes nothing.")
@@ -163,6 +169,10 @@ def _clashes(settings: Settings) -> None:
         raise UserError(
             "--fuse with --adapter: fuse the adapter first (mlx-realign export --to fused), or drop --fuse."
         )
+    extraction = ("method", "rank", "winsorise", "position", "prefix")
+    if settings.direction and (idle := [n for n in extraction if getattr(settings, n) != getattr(Settings, n)]):
+        flag = "no-prefix" if idle[0] == "prefix" else idle[0]
+        raise UserError(f"--direction is extracted already, and says from where: leave --{flag} off.")
     if settings.rank > 1 and settings.method != "mean":
         raise UserError(f"--rank {settings.rank} begins with the mean difference: it goes with --method mean only.")
     if settings.rank > 1 and isinstance(block_of(settings), float):
