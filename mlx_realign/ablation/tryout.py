@@ -24,6 +24,7 @@ from .trial import Forced, Job, Runner, Slots, completions
 
 LADDER = (1.0, 1.25, 1.5, 2.0)
 STEP, RAISES = 0.125, 3  # of the weights tried on all prompts, around the one that sufficed on a few
+LEAST, LOWER = 0.5, 4  # weight below which none is looked for, and steps down to it from the first of the ladder
 FEW, FINALISTS = 12, 4  # prompts that all candidates are tried on; candidates that go on to all prompts
 GONE = 1 / 30  # share of the behaviour left that counts as none
 KL_TOKENS = 8  # of the base's completions
@@ -159,16 +160,24 @@ def _around(name: str, rough: Sequence[Tried], attempt: Attempt, several: bool) 
     first = attempt(name, last.weight, True)
     assert first is not None
     found = [first]
-    if not several:
+    if not several or first.left >= 0.5:
         return found
-    down, weight = first.left == 0, first.weight  # where little is left, a little more is worth a look
-    for _ in range(RAISES if first.left < 0.5 else 0):
-        weight += -STEP if down else STEP
-        one = attempt(name, weight) if weight >= LADDER[0] else None
+    down = first.left == 0  # where little is left, a little more is worth a look
+    for weight in _lower(first.weight) if down else [first.weight + n * STEP for n in range(1, RAISES + 1)]:
+        one = attempt(name, weight)
         found += [one] if one else []
+        if one is None and down:
+            continue  # above the most KL, as the first was: less may be within it
         if one is None or (not one.gone if down else one.left == 0):
             break
     return found
+
+
+def _lower(weight: float) -> list[float]:
+    """Weights below one that leaves nothing; below the ladder's first only where that sufficed, else it left some."""
+    enough = weight == LADDER[0]
+    below = [weight - n * STEP for n in range(1, (LOWER if enough else RAISES) + 1)]
+    return [one for one in below if one >= (LEAST if enough else LADDER[0])]
 
 
 def order(one: Tried, max_kl: float) -> tuple[Any, ...]:
