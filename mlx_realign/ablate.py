@@ -3,6 +3,7 @@
 
     mlx-realign ablate --model M --positive does.txt --negative does-not.txt --markers "I cannot,I won't" --output out
     mlx-realign ablate --model M --positive labelled.jsonl --output out --search --trials 200
+    mlx-realign ablate --model M --positive labelled.jsonl --direction extracted.safetensors --output out
     mlx-realign ablate --model M --positive labelled.jsonl --dry-run
 
 Sets: two .txt files with a prompt per line (or .jsonl with "prompt"), or one .jsonl of {"prompt", "label"} rows. The
@@ -27,12 +28,12 @@ from rich.console import Console
 
 from . import adapter, capture, cli, flags, steerability, taps, vectors
 from . import writers as writers_module
-from .ablation import edit, extraction, measure, planning, report, variants
+from .ablation import delivery, edit, extraction, measure, planning, report, variants
 from .ablation.edit import Applied
 from .ablation.extraction import Extracted, Sets
 from .ablation.measure import Bench, Measured
 from .ablation.planning import Plan, Say
-from .ablation.settings import Settings, check, markers_of
+from .ablation.settings import Settings, check, kl_limit, markers_of
 from .errors import UserError
 from .policy import Policy
 from .steering import pairs
@@ -61,6 +62,7 @@ def main(argv: list[str]) -> int:
     settings = flags.parse(Settings, argv, prog="mlx-realign ablate", doc=__doc__ or "")
     check(settings)
     contrast = pairs.read(settings.positive, settings.negative, positive_label=settings.positive_label)
+    contrast = extraction.as_asked(contrast, settings)
     console = Console(stderr=settings.json)
     with Console(stderr=True).status(f"loading {settings.model}") as status:
         loading = ("adapter", "dtype", "quantize", "cpu_dequantize", "trust_remote_code")
@@ -96,6 +98,7 @@ def ablate(
     settings = Settings(**{"model": policy.name, "positive": "prompts", **values})
     check(settings, writes=False)
     contrast = pairs.read(positive, negative, positive_label=settings.positive_label)
+    contrast = extraction.as_asked(contrast, settings)
     found = run(policy, contrast, settings, say=say)
     assert isinstance(found, Result)
     return found
@@ -109,8 +112,9 @@ def run(
     sets = extraction.split(contrast, settings)
     say("what writes to the residual stream")
     writers, lines = wanted_writers(policy, settings)
-    extracted = extraction.extract(policy, sets, settings, paired=contrast.paired, say=say)
-    lines = [*told_sets(sets), *lines, *told_prefix(extracted)]
+    given, settings = extraction.given(policy, settings)
+    extracted = extraction.extract(policy, sets, settings, paired=contrast.paired, say=say, given=given)
+    lines = [*told_sets(sets), *lines, *told_prefix(extracted), *told_given(extracted, contrast)]
     if settings.dry_run:
         return dry_run(extracted, writers, lines, settings, show)
     decide = planning.searched if settings.search else planning.decided
@@ -120,7 +124,7 @@ def run(
         lines.append(f"warning: {warning}")
     for drawn in (steerability.table(separations), *plan.tables):
         show(drawn)
-    applied, more = put_on(extracted, plan, sets, settings)
+    applied, more = delivery.put_on(extracted, plan, sets, settings)
     plan.lines = [*lines, *plan.lines, *more]
     for line in plan.lines:
         show(line, highlight=False, markup=False)
@@ -131,6 +135,8 @@ def run(
     if settings.output:
         say("writing")
         save(result, extracted, settings)
+        if settings.fuse:
+            show(result.facts["stored"]["told"], highlight=False, markup=False)
         show(f"written to {settings.output}; {report_use(settings, result.policy)}", highlight=False, markup=False)
     return result
 
@@ -175,43 +181,7 @@ def blocks_of(text: str, count: int) -> set[int]:
     return found
 
 
-# ------------------------------------------------------------------ doing it
-
-
-def put_on(extracted: Extracted, plan: Plan, sets: Sets, settings: Settings) -> tuple[Applied, list[str]]:
-    """The edits on the policy, as the variant has them; sentences on what an adapter cannot hold."""
-    policy, edits, lines = extracted.policy, plan.edits, []
-    if not edits:
-        raise UserError("nothing is to be edited: all weights are 0.")
-    if settings.fuse and policy.config.get("quantization") and not (settings.force or settings.dequantize):
-        variants.save_fused(policy.folder, None, edits, settings.variant)  # raises, with what it would cost
-    if settings.fuse and not any("scales" in writers_module.module_at(policy.model, e.writer.path) for e in edits):
-        means = None
-        if settings.variant == "affine":
-            asked = capture.encode(policy, sets.fit[1][:128], prefix=extracted.prefix)
-            means = plan.facts["means"] = variants.means_of(policy, edits, asked)
-        return variants.rewrite(policy, edits, settings.variant, means), lines
-    if settings.variant == "affine":
-        raise UserError(
-            "--variant affine: the weights are quantised, and cannot be edited. Load them with --dtype float32."
-        )
-    if left := edit.bias_left(policy, edits):
-        worst = max(left, key=left.__getitem__)
-        lines.append(
-            f"{len(left)} writers have a bias, which an adapter cannot change: up to {left[worst]:.0%} of one lies "
-            f"along the direction ({worst}) and stays; --fuse edits it"
-        )
-    experts = any(e.writer.kind == "experts" for e in edits)
-    if settings.variant == "row-norm" and not experts and not adapter.adapters_of(policy.model):
-        return edit.put_on(policy, edits, dora=True), lines
-    if settings.variant not in variants.FULL_RANK:
-        return edit.put_on(policy, edits), lines
-    more, errors = variants.remainder(policy, edits, settings.variant, settings.extra_rank)
-    lines.append(
-        f"{settings.variant} is a change of full rank: the adapter's {settings.extra_rank} more ranks miss "
-        f"{np.mean(list(errors.values())):.1%} of it on average, {max(errors.values()):.1%} at most; --fuse is exact"
-    )
-    return edit.put_on(policy, edits, more=more), lines
+# ------------------------------------------------------------------ measured and written
 
 
 def measured(
@@ -223,14 +193,16 @@ def measured(
         *(capture.encode(policy, side) for side in sets.held),
         shown=[_shown(prompt) for side in sets.held for prompt in side],
         markers=markers_of(settings),
+        max_kl=kl_limit(settings),
         **{name: getattr(settings, name) for name in ("max_new_tokens", "batch_size", "kl_tokens", "text", "samples")},
     )
-    block = steerability.best(extracted.separations[position]) if plan.block is None else plan.block
+    apart = [s for s in extracted.separations[position] if extracted.differs(s.block, position)]
+    block = steerability.best(apart) if plan.block is None else plan.block
     say("what is left of the direction")
     blocks = {e.writer.block for e in plan.edits}
     rows = {b: r for b, r in (plan.rows or extracted.by_block(plan.block, position)).items() if b in blocks}
     left = edit.leaks(applied), edit.left_in_blocks(policy, rows)
-    removed = measure.Removed(extracted.raw(block, position), block, position, extracted.prefix)
+    removed = measure.Removed(extracted.raw(block, position), round(block), position, extracted.prefix)
     found = measure.measure(applied, bench, removed, left, say=say)
     facts = {
         "settings": dataclasses.asdict(settings),
@@ -243,13 +215,7 @@ def measured(
         "edits": {e.writer.path: e.weight for e in plan.edits},
         "held_out": measure.facts(found),
     }
-    after = facts["held_out"]
-    told = {"behaviour": [after["positive"]["behaviour"][when]["value"] for when in ("before", "after")]}
-    told |= {"kl_first_token": after["kl"]["first_token"], "left": max(found.leaks.values(), default=0.0)}
-    direction = extracted.direction(plan.block, position, contrast.hash, told)
-    if plan.rows and plan.block is not None:  # a search may take what lies between two blocks
-        mixed = plan.rows[plan.block] * direction.norm(plan.block)
-        direction = dataclasses.replace(direction, vectors=direction.vectors | {plan.block: mixed})
+    direction = delivery.direction_of(extracted, plan, contrast.hash, found)
     plan.facts["bench"] = bench
     return Result(policy, direction, plan, applied, found, facts)
 
@@ -268,12 +234,9 @@ def save(result: Result, extracted: Extracted, settings: Settings) -> None:
             means=plan.facts.get("means"),
             **{name: getattr(settings, name) for name in ("force", "dequantize", "trust_remote_code")},
         )
-        worst = max(stored.left.values(), default=0.0)
-        told = (
-            f"Storing the weights rounded them by {stored.rounding:.2%} of the edit; up to {worst:.2%} of B W is left."
-        )
+        told = delivery.as_stored(policy, plan.edits, stored)
         more.append(("### In the stored weights", told))
-        result.facts["stored"] = stored._asdict()
+        result.facts["stored"] = {**stored._asdict(), "told": told}
     else:
         adapter.save(policy.model, output, base_model=policy.name)
     vectors.save(result.direction, output / "direction.safetensors")
@@ -329,6 +292,17 @@ def told_prefix(extracted: Extracted) -> list[str]:
         return []
     text = extracted.policy.tokenizer.decode(extracted.prefix)
     return [f"all completions begin with {text!r}: states were taken behind it (--no-prefix: before it)"]
+
+
+def told_given(extracted: Extracted, contrast: Contrast) -> list[str]:
+    """Where the vectors are from, where a file gave them."""
+    if (given := extracted.given) is None:
+        return []
+    about, name = given.about, extracted.settings.direction
+    lines = [f"vectors of {name} ({about.method}): the prompts for the direction only say how far apart the sets are"]
+    if about.data_hash == contrast.hash:
+        lines.append(f"warning: {name} is from these very prompts: what is held out here was not held out from it")
+    return lines
 
 
 def report_use(settings: Settings, policy: Policy) -> str:

@@ -7,6 +7,7 @@ from typing import Any
 
 import mlx.core as mx
 import mlx_lm
+import numpy as np
 import pytest
 
 import mlx_realign as mr
@@ -76,6 +77,12 @@ def test_the_folder_says_what_was_done(output: Path):
     direction = vectors.load(output / "direction.safetensors", policy=Policy.load("tiny-chat"))
     assert (direction.about.operator, direction.about.position) == ("ablate", "-3")
     assert direction.about.blocks == () and set(range(4)) <= set(direction.blocks)
+    assert list(direction.about.measured) == ["weight_edit"]  # steering with the file has other effects
+    told, rates = direction.about.measured["weight_edit"], held["positive"]["behaviour"]
+    assert (told["weight"], told["variant"], told["rank"]) == (1.25, "plain", 1)
+    assert told["behaviour"] == [rates[when]["value"] for when in ("before", "after")]
+    assert told["kl_first_token"] == held["kl"]["first_token"]
+    assert told["left"] == max(held["left_in_writers"].values())
 
 
 def test_two_files_of_prompts_do_as_well_and_json_is_one_object(sets: Path, tmp_path: Path, capsys: Any):
@@ -87,14 +94,17 @@ def test_two_files_of_prompts_do_as_well_and_json_is_one_object(sets: Path, tmp_
     assert config["fine_tune_type"] == "dora"
 
 
-def test_fused_into_a_model_folder(sets: Path, tmp_path: Path):
+def test_fused_into_a_model_folder(sets: Path, tmp_path: Path, capsys: Any):
     argv = ["--positive", str(sets / "both.jsonl"), *QUICK, "--fuse", "--variant", "column-norm"]
     assert run(*argv, "--output", str(tmp_path / "out")) == 0
     assert not (tmp_path / "out" / "adapters.safetensors").exists()
     fused, base = Policy.load(str(tmp_path / "out")), Policy.load("tiny-chat")
     tokens = mx.array([[5, 6, 7, 300, 301]])
     assert mx.abs(fused.model(tokens) - base.model(tokens)).max().item() > 1e-2  # type: ignore[operator]
-    assert "stored" in json.loads((tmp_path / "out" / "metrics.json").read_text())
+    stored = json.loads((tmp_path / "out" / "metrics.json").read_text())["stored"]
+    printed = " ".join(capsys.readouterr().out.split())
+    assert stored["told"] in (tmp_path / "out" / "report.md").read_text() and stored["told"] in printed
+    assert f"Storing the weights ({stored['form']}) rounded them by" in printed
 
 
 def test_a_dry_run_prints_the_plan_and_writes_nothing(sets: Path, tmp_path: Path, capsys: Any):
@@ -102,6 +112,52 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(sets: Path, tmp_path: Path
     printed = capsys.readouterr().out
     assert "8 writers: 4 of attention, 4 of mlp" in printed and "AUROC" in printed and "nothing was written" in printed
     assert list(tmp_path.iterdir()) == []
+
+
+def test_where_every_candidate_costs_too_much_that_is_what_is_said(sets: Path, tmp_path: Path, capsys: Any):
+    """Behind the last token of tiny-chat's template, the direction of block 1 costs 0.2 nats at weight 1."""
+    argv = ["--positive", str(sets / "both.jsonl"), "--markers", MARKERS, "--position", "-1", "--block", "1"]
+    argv += ["--max-new-tokens", "24", "--select-prompts", "12", "--eval-limit", "4"]
+    assert run(*argv, "--output", str(tmp_path / "out")) == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "no candidate takes the behaviour away within --max-kl 0.1: the best leaves" in printed
+    assert "few replies to the positives" not in printed and "tried on completions" in printed
+    held = json.loads((tmp_path / "out" / "metrics.json").read_text())["held_out"]
+    assert held["kl"]["first_token"] > 0.1
+    note = f"first-token KL {held['kl']['first_token']:.3g} on the held-out negatives is above the 0.1 of --max-kl"
+    assert note in held["notes"] and note in printed
+
+
+def test_a_direction_between_two_blocks_is_named_so_everywhere(sets: Path, tmp_path: Path, capsys: Any):
+    argv = ["--positive", str(sets / "both.jsonl"), "--markers", MARKERS, "--max-new-tokens", "24", "--position", "-3"]
+    argv += ["--select-prompts", "4", "--eval-limit", "4", "--block"]
+    for block in ("2", "3", "2.25"):
+        more = ["--weight", "1"] if block != "2.25" else []
+        assert run(*argv, block, *more, "--output", str(tmp_path / block)) == 0
+    found = json.loads((tmp_path / "2.25" / "metrics.json").read_text())
+    assert found["block"] == 2.25 and found["direction"] == "block 2.25, token -3"
+    assert {one["block"] for one in found["selection"]["candidates"]} == {2.25}
+    assert "removed: the direction of block 2.25, token -3, weight" in (tmp_path / "2.25" / "report.md").read_text()
+    assert "its direction is measured behind block 2" in " ".join(capsys.readouterr().out.split())
+    two, three, mixed = (vectors.load(tmp_path / name / "direction.safetensors") for name in ("2", "3", "2.25"))
+    assert mixed.about.blocks == (2,) and mixed.about.measured["weight_edit"]["block"] == 2.25
+    expected = 0.75 * two.unit(2) + 0.25 * three.unit(3)
+    assert mixed.unit(2) == pytest.approx(expected / np.linalg.norm(expected), abs=1e-6)
+    assert mixed.norm(2) == pytest.approx(two.norm(2), rel=1e-6)
+    config = mx.load(str(tmp_path / "2.25" / "adapters.safetensors"))  # B of the adapter is -weight * unit
+    b = np.array(config["model.layers.0.mlp.down_proj.lora_b"])[0]  # type: ignore[index]
+    assert -b / np.linalg.norm(b) == pytest.approx(mixed.unit(2), abs=1e-5)
+
+
+def test_what_is_tried_and_what_is_delivered_are_told_apart(sets: Path, tmp_path: Path, capsys: Any):
+    argv = ["--positive", str(sets / "both.jsonl"), "--markers", MARKERS, "--max-new-tokens", "24", "--block", "2"]
+    argv += ["--position", "-3", "--select-prompts", "4", "--eval-limit", "4", "--weight", "1"]
+    told = "tried as plain projections of the first direction; delivered as column-norm of 2 directions"
+    for name, more in (("two", ["--rank", "2", "--variant", "column-norm"]), ("one", ["--variant", "projected"])):
+        assert run(*argv, *more, "--output", str(tmp_path / name)) == 0
+        assert (told in " ".join(capsys.readouterr().out.split())) == (name == "two")
+    notes = json.loads((tmp_path / "two" / "metrics.json").read_text())["held_out"]["notes"]
+    assert not any("--max-kl" in note for note in notes)  # weight and block were told, a KL was not
 
 
 def test_as_a_call_the_policy_is_ablated_in_place_and_can_go_back(sets: Path, monkeypatch: pytest.MonkeyPatch):
@@ -162,7 +218,15 @@ PAIRS = '{"prompt": "a", "chosen": "b", "rejected": "c"}\n' * 4
             ["--positive", "both.jsonl", "--output", "new", "--weight", "much"],
             "--weight much: expected auto or a number",
         ),
-        (["--positive", "both.jsonl", "--output", "new", "--block", "x"], "--block x: expected auto, per-block, or"),
+        (["--positive", "both.jsonl", "--output", "new", "--block", "x"], "--block x: expected auto, per-block, the n"),
+        (
+            ["--positive", "both.jsonl", "--output", "new", "--block", "3.5"],
+            "--block 3.5: the model has the blocks",
+        ),
+        (
+            ["--positive", "both.jsonl", "--output", "new", "--block", "1.5", "--rank", "2"],
+            "between two blocks",
+        ),
         (["--positive", "both.jsonl", "--output", "new", "--block", "9"], "--block 9: the model has the blocks 0 to 3"),
         (["--positive", "both.jsonl", "--output", "new", "--blocks", "2-7"], "--blocks 2-7: the model has the blocks"),
         (["--positive", "both.jsonl", "--output", "new", "--variant", "affine"], "--variant affine needs a bias"),

@@ -119,13 +119,15 @@ def test_rates_count_what_is_empty_or_goes_round_in_circles_as_failures():
     half *= math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
     assert (told["before"]["low"], told["before"]["high"]) == pytest.approx((middle - half, middle + half))
     assert (told["change"]["higher"], told["change"]["lower"]) == (0, 1)
-    notes = measure.remarks(found, Bench([], [], [], max_new_tokens=50))
+    notes = measure.remarks(found, Bench([], [], [], max_new_tokens=50, max_kl=0.1))
+    assert measure.remarks(found, Bench([], [], [], max_new_tokens=50, max_kl=0.7)) == notes[:-2] + notes[-1:]
     words = (
         "most of the behaviour is still there: 50%",
         "at most 50 tokens",
         "empty or degenerate",
         "over-ablation: 50%",
         "beyond the negatives",
+        "first-token KL 0.7 on the held-out negatives is above the 0.1 of --max-kl",
         "0.70 is above",
     )
     assert all(any(word in note for note in notes) for word in words) and len(notes) == len(words)

@@ -137,6 +137,48 @@ def test_markers_that_the_base_does_not_show_decide_nothing():
     assert (tried, best) == ([], None)
 
 
+def test_a_candidate_above_the_kl_is_told_not_taken_for_markers_that_fail():
+    policy = Policy.load("tiny-chat")
+    found, shift = writers.find(policy), np.random.default_rng(0).standard_normal(192)
+    rows = [
+        [r["prompt"] for r in demo_world.contrast_rows(16) if r["label"] == label] for label in ("positive", "negative")
+    ]
+    asked = [capture.encode(policy, side) for side in rows]
+    tried, best = tryout.try_out(policy, found, {"x": shift}, *asked, markers=MARKERS, max_kl=1e-9)
+    assert best and tried[0] == best and best.kl > 1e-9
+    base = log_softmax(logits(policy, asked[1]))
+    edit.put_on(policy, edit.plan(found, shift, best.weight))
+    kl = (np.exp(base) * (base - log_softmax(logits(policy, asked[1])))).sum(-1).mean()
+    assert best.kl == pytest.approx(kl, abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("start", "suffices", "max_kl", "weights"),
+    [
+        (1.0, 0.6, 1.0, [1.0, 0.875, 0.75, 0.625, 0.5]),  # the first weight that leaves something ends it
+        (1.0, 0.1, 1.0, [1.0, 0.875, 0.75, 0.625, 0.5]),  # none below 0.5
+        (1.0, 0.95, 1.0, [1.0, 0.875]),
+        (1.0, 0.6, 0.1, [1.0, 0.625, 0.5]),  # 0.2 w^2 is within 0.1 below 0.71
+        (1.25, 1.1, 1.0, [1.25, 1.125, 1.0]),  # 1 left some on a few prompts
+        (1.25, 1.4, 1.0, [1.25, 1.375, 1.5]),
+    ],
+)
+def test_weights_around_the_one_that_sufficed(start: float, suffices: float, max_kl: float, weights: list[float]):
+    """Of a behaviour of which 1/8 is left where the weight is too little by up to 1/8 and so on; 0.2 w^2 nats."""
+
+    def attempt(name: str, weight: float, always: bool = False) -> Tried | None:
+        left, kl = max(0.0, np.ceil(8 * (suffices - weight)) / 8), 0.2 * weight**2
+        return Tried(name, weight, left, kl, kl, 32) if always or kl <= max_kl else None
+
+    rough = [Tried("x", start, 0.0, 0.2 * start**2, 0.2 * start**2, 12)]
+    found = tryout._around("x", rough, attempt, several=True)
+    assert [one.weight for one in found] == weights
+    best = min(found, key=lambda one: tryout.order(one, max_kl))
+    enough = [weight for weight in weights if weight >= suffices]
+    assert best.weight == min(enough)
+    assert tryout._around("x", rough, attempt, several=False) == found[:1]
+
+
 def test_the_order_prefers_within_the_kl_then_gone_then_little_change():
     def tried(name: str, left: float, kl: float, worst: float) -> Tried:
         return Tried(name, 1.0, left, kl, worst, 32)

@@ -14,7 +14,7 @@ from test_ablation_edit import PROMPTS, TOKENS, R, ablated, dense, left, unit
 from test_writers import policy_of
 
 from mlx_realign import adapter, writers
-from mlx_realign.ablation import edit, variants
+from mlx_realign.ablation import delivery, edit, variants
 from mlx_realign.errors import UserError
 from mlx_realign.policy import Policy
 
@@ -92,6 +92,26 @@ def test_full_rank_variants_as_an_adapter_miss_what_is_told(arch: str, variant: 
         assert miss < 1.02 * least + 1e-6  # nothing of rank 8 comes nearer, but for the random start
     if variant == "column-norm":
         assert left(policy, unit(R)[None]) < 1e-5  # what is missed are the norms, not the direction
+
+
+@pytest.mark.parametrize("variant", ["row-norm", "column-norm"])
+def test_beside_an_adapter_norms_are_those_of_the_sum(variant: str):
+    policy = policy_of("llama")
+    adapter.attach(policy.model, rank=4, alpha=8.0)
+    noise = lambda i, v: v + 0.2 * mx.random.normal(v.shape, key=mx.random.key(i))  # noqa: E731
+    state = adapter.state(policy.model)
+    policy.model.load_weights([(k, noise(i, v)) for i, (k, v) in enumerate(state.items())], strict=False)
+    edits = edit.plan(writers.find(policy), R)
+    before = {e.writer.path: dense(policy, e.writer.path) for e in edits}
+    more, errors = variants.remainder(policy, edits, variant, rank=16)
+    edit.put_on(policy, edits, more=more)
+    for one in edits:
+        weight, found = before[one.writer.path], dense(policy, one.writer.path)
+        bare = weight - np.outer(unit(R), unit(R) @ weight)
+        axis = 1 if variant == "row-norm" else 0
+        exact = bare * np.expand_dims(norms(weight, axis) / norms(bare, axis), axis)
+        miss = np.linalg.norm(found - exact) / np.linalg.norm(exact - weight)
+        assert errors[one.writer.path] == pytest.approx(miss, rel=1e-3)
 
 
 def test_a_whole_rank_misses_nothing():
@@ -192,7 +212,7 @@ def test_quantised_weights_are_fused_only_when_told_and_the_loss_is_said(
     mlx_lm.convert(str(source), mlx_path=str(tmp_path / "q4"), quantize=True, q_bits=4, q_group_size=32)
     policy = Policy.load(str(tmp_path / "q4"), cpu_dequantize="never")
     edits = edit.plan(writers.find(policy), R)
-    with pytest.raises(UserError, match=r"move them by \d+% of what the edit does and leave (\d+\.\d)% of the direct"):
+    with pytest.raises(UserError, match=r"move them by \d+% of what the edit does and put (\d+\.\d)% of the direction"):
         saved(policy, tmp_path / "q4", edits, tmp_path / "out")
     assert not (tmp_path / "out").exists()
     forced = saved(policy, tmp_path / "q4", edits, tmp_path / "forced", force=True)
@@ -202,6 +222,40 @@ def test_quantised_weights_are_fused_only_when_told_and_the_loss_is_said(
     assert max(floats.left.values()) < 1e-5
     with pytest.raises(UserError, match="is quantised, and holds no edit exactly"):
         variants.rewrite(policy, edits, "plain")
+
+
+def test_what_rounding_puts_back_is_told_apart_from_what_the_weight_leaves(
+    model_folder: Callable[..., Path], tmp_path: Path
+):
+    """At weight 1.25 a quarter is left by itself, on the other side: an exact adapter leaves it as well."""
+    mlx_lm.convert(str(model_folder("llama")), mlx_path=str(tmp_path / "q4"), quantize=True, q_bits=4, q_group_size=32)
+    policy = Policy.load(str(tmp_path / "q4"), cpu_dequantize="never")
+    edits = edit.plan(writers.find(policy), R, 1.25)
+    stored = saved(policy, tmp_path / "q4", edits, tmp_path / "forced", force=True)
+    expected = {}
+    for one in edits:  # by hand
+        weight, r = edit.rows_of(writers.module_at(policy.model, one.writer.path)), unit(R)
+        exact = weight - 1.25 * np.outer(r, r @ weight)
+        again = np.array(mx.dequantize(*mx.quantize(mx.array(exact.astype(np.float32)), 32, 4), 32, 4))
+        expected[one.writer.path] = np.linalg.norm(r @ (again - exact)) / np.linalg.norm(r @ weight)
+    assert stored.back == pytest.approx(expected, rel=1e-2)
+    assert max(stored.back.values()) < 0.2 < min(stored.left.values())
+    with pytest.raises(UserError, match=rf"put {np.mean(list(expected.values())):.1%} of the direction back into"):
+        saved(policy, tmp_path / "q4", edits, tmp_path / "out")
+    edit.put_on(policy, edits)  # what `ablate` measures then
+    told = delivery.as_stored(policy, edits, stored)
+    assert "(4-bit)" in told and told.endswith(delivery.MEASURED_BEFORE)
+
+
+@pytest.mark.parametrize(("dtype", "same"), [("float32", True), ("bfloat16", False)])
+def test_whether_the_stored_weights_are_those_that_were_measured(
+    dtype: Any, same: bool, model_folder: Callable[..., Path], tmp_path: Path
+):
+    folder = model_folder("llama")  # float32
+    policy = Policy.load(str(folder), dtype=dtype)
+    applied = variants.rewrite(policy, edit.plan(writers.find(policy), R), "plain")
+    told = delivery.as_stored(policy, applied.edits, saved(policy, folder, applied.edits, tmp_path / "out"))
+    assert told.endswith("These are the weights that were measured." if same else delivery.MEASURED_BEFORE)
 
 
 def test_in_the_weights_and_as_an_adapter_it_is_the_same_model():

@@ -32,8 +32,6 @@ def model_of(kind: str) -> nn.Module:
 
 def direction(seed: int = 0, scale: float = 3.0, blocks: tuple[int, ...] = (-1, 0, 1), **about: Any) -> Direction:
     rng = np.random.default_rng(seed)
-    if meant := about.pop("blocks_meant", None):
-        about["blocks"] = meant
     vectors = {block: scale * rng.normal(size=WIDE) for block in blocks}
     baseline = {block: rng.normal(size=WIDE) for block in blocks}
     return Direction(vectors, About(**about), baseline, {block: 5.0 + block for block in blocks})
@@ -328,18 +326,6 @@ def test_a_direction_is_used_as_its_file_means_it_to_be():
     assert (other.operator, other.positions, other.coefficient) == ("add", "all", 1.0)  # calibrated for another one
     length = np.linalg.norm(one.numbers(1)["vector"])
     assert length == pytest.approx(6.0) and one.direction.norm(1) != pytest.approx(6.0)
-
-
-def test_a_coefficient_is_not_carried_to_where_it_means_another_strength():
-    known = direction(1, coefficient=0.5, blocks_meant=(1,))
-    assert Steer.of(known, blocks=(0,)).coefficient == Steer.of(known, operator="add_norm").coefficient == 0.5
-    assert Steer.of(known, operator="ablate").coefficient == Steer.of(known, coefficient=1.0, blocks=(0, 1)).coefficient
-    for changes, message in (
-        ({"blocks": (0, 1)}, "block 1 alone: for 2 blocks"),
-        ({"unit": "median_norm"}, "the unit"),
-    ):
-        with pytest.raises(UserError, match=f"0.5 is the coefficient that was found for {message}"):
-            Steer.of(known, **changes)
 
 
 def test_what_cannot_be_steered_is_said_in_one_line():

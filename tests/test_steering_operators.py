@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from mlx_realign.errors import UserError
-from mlx_realign.steering import operators, schedule
+from mlx_realign.steering import Steer, operators, schedule
 from mlx_realign.steering.schedule import Schedule
+from mlx_realign.vectors import About, Direction
 
 RNG = np.random.default_rng(3)
 H = RNG.normal(size=(3, 5, 16))
@@ -180,3 +181,16 @@ def test_gradients_go_through_an_operator(name):
     step = 1e-6
     ahead, behind = (float((expected(name, H + s * step * way) * weights).sum()) for s in (1, -1))
     assert slope == pytest.approx((ahead - behind) / (2 * step), rel=1e-3, abs=1e-3)
+
+
+def test_a_coefficient_is_not_carried_to_where_it_means_another_strength():
+    vectors = {block: np.ones(8) for block in (0, 1)}
+    known = Direction(vectors, About(coefficient=0.5, blocks=(1,)), {}, {0: 2.0, 1: 3.0})
+    assert Steer.of(known, blocks=(0,)).coefficient == Steer.of(known, operator="add_norm").coefficient == 0.5
+    assert Steer.of(known, operator="ablate").coefficient == Steer.of(known, coefficient=1.0, blocks=(0, 1)).coefficient
+    for changes, message in (
+        ({"blocks": (0, 1)}, "block 1 alone: for 2 blocks"),
+        ({"unit": "median_norm"}, "the unit"),
+    ):
+        with pytest.raises(UserError, match=f"0.5 is the coefficient that was found for {message}"):
+            Steer.of(known, **changes)

@@ -34,6 +34,7 @@ BLOCKS: dict[str, list[list[tuple[str, str]]]] = {
 
 
 GEMMA4 = {
+    "num_hidden_layers": 2,
     "layer_types": ["sliding_attention", "full_attention"],
     "sliding_window": 8,
     "global_head_dim": 16,

@@ -78,7 +78,7 @@ def put_on(
     model = policy.model
     carried = adapter.adapters_of(model)
     _refuse(carried, edits, dora)
-    old = {path: _factors(layer) for path, layer in carried.items()}
+    old = {path: factors_of(layer) for path, layer in carried.items()}
     new = {edit.writer.path: _low_rank(model, edit, old.get(edit.writer.path)) for edit in edits}
     new |= {path: _joined(new[path], factors) for path, factors in (more or {}).items()}
     wide, added = (max((a.shape[-1] for a, _ in some.values()), default=0) for some in (old, new))
@@ -214,14 +214,14 @@ def rows_of(layer: Base, start: int = 0, stop: int | None = None) -> np.ndarray:
     return np.array(mx.dequantize(weight, *parts, **quantisation(layer)).astype(mx.float32))
 
 
-def _factors(layer: Adapter) -> Factors:
+def factors_of(layer: Adapter) -> Factors:
     """A [..., in, r] and B [..., r, out] of an adapter, its scale in B; float64."""
     a, b = np.array(layer.lora_a).astype(np.float64), layer.scale * np.array(layer.lora_b).astype(np.float64)
     return (a.swapaxes(-1, -2), b.swapaxes(-1, -2)) if a.ndim == 3 else (a, b)
 
 
 def _low_rank(model: nn.Module, edit: Edit, old: Factors | None) -> Factors:
-    """As `_factors`, of an edit with respect to the weight and the adapter that is on it."""
+    """As `factors_of`, of an edit with respect to the weight and the adapter that is on it."""
     basis = edit.directions
     a = components(module_at(model, edit.writer.path), basis).swapaxes(-1, -2)
     if old is not None:

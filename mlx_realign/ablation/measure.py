@@ -44,6 +44,7 @@ class Bench:
     kl_tokens: int = 32  # of the base's completion, along which the KL is measured
     text: str | None = None  # a file for the perplexity; None: the base's completions of the negatives
     samples: int = 8  # of each set, shown side by side
+    max_kl: float | None = None  # nats that the first token was to stay within
 
 
 class Side(NamedTuple):
@@ -244,6 +245,10 @@ def remarks(found: Measured, bench: Bench) -> list[str]:
         lines.append(
             f"over-ablation: the positives stand at {found.along['positives_after']:.1f} on the direction, beyond the "
             "negatives (0): lower --weight"
+        )
+    if bench.max_kl is not None and found.kl_first > bench.max_kl:
+        lines.append(
+            f"first-token KL {found.kl_first:.3g} on the held-out negatives is above the {bench.max_kl:g} of --max-kl"
         )
     if found.kl_first > DAMAGE:
         lines.append(f"first-token KL {found.kl_first:.2f} is above {DAMAGE}: at that, models are usually damaged")

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What is edited, by how much and why: as told, by what candidates do, or by a search."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from rich.table import Table
 
-from .. import capture, rollout
+from .. import capture, rollout, vectors
 from ..errors import UserError
 from ..sampling import Sampling
 from ..writers import Writer
@@ -17,13 +17,14 @@ from . import edit, select, tryout
 from .edit import Edit
 from .extraction import MEAN, Extracted, Position, Sets
 from .scorers import plain
-from .settings import Settings, markers_of, most_kl, weight_of
+from .settings import Settings, block_of, markers_of, most_kl, weight_of
+from .variants import FULL_RANK
 
 GLOBALS, MEANS = 3, 2  # candidates of one block that go on to completions, and those of completions' means among them
 FIRST_TOKENS = 32  # of completions by which it is told whether they show the behaviour
 
 Say = Callable[[str], None]
-Where = tuple[int | None, Position]  # block (None: each its own) and position
+Where = tuple[float | None, Position]  # block (None: each its own) and position
 
 
 @dataclass
@@ -31,7 +32,7 @@ class Plan:
     """What is to be done, and why."""
 
     edits: list[Edit]
-    block: int | None  # whose direction all writers lose; None: each block its own
+    block: float | None  # whose direction all writers lose, also between two; None: each block its own
     position: Position
     lines: list[str] = field(default_factory=list)
     tables: list[Table] = field(default_factory=list)
@@ -49,6 +50,7 @@ def decided(extracted: Extracted, sets: Sets, writers: list[Writer], settings: S
         chosen = sources(extracted, sets, writers, settings, say)
         plan.tables, plan.facts = [select.table(chosen)], {"selection": select.plain(chosen)}
         named, note = candidates(chosen, settings), chosen.note
+        plan.lines += stand_in(settings)
     name, weight, best = next(iter(named)), weight_of(settings), None
     if weight is None or len(named) > 1:
         best = by_completions(extracted, named, sets, writers, settings, plan, say)
@@ -61,9 +63,37 @@ def decided(extracted: Extracted, sets: Sets, writers: list[Writer], settings: S
     share = shares(settings)
     rows = extracted.by_block(plan.block, plan.position)
     plan.edits = edit.plan(writers, rows, lambda writer: weight * share(writer))
-    plan.lines.append(f"removed: the direction of {name}, weight {weight:g}, {settings.variant}")
+    plan.lines += [
+        f"removed: the direction of {name}, weight {weight:g}, {settings.variant}",
+        *alone(rows, writers, extracted.none),
+    ]
+    if plan.block is not None and round(plan.block) != plan.block:
+        kept = f"its direction is measured behind block {round(plan.block)}, and kept as that block's in the file"
+        plan.lines.append(f"block {plan.block:g} lies between two: {kept}")
     plan.facts |= {"direction": name, "weight": weight}
     return plan
+
+
+def stand_in(settings: Settings) -> list[str]:
+    """What was tried in place of what is delivered, where a trial's one plain projection is not that."""
+    several = settings.rank > 1
+    other = settings.variant in (*FULL_RANK, "affine")
+    delivered = [settings.variant] * other + [f"{settings.rank} directions"] * several
+    if not delivered:
+        return []
+    told = f"tried as plain projections{' of the first direction' if several else ''}"
+    return [f"{told}; delivered as {' of '.join(delivered)}, which may do less or more"]
+
+
+def alone(rows: Mapping[int, np.ndarray], writers: Sequence[Writer], why: str) -> list[str]:
+    """Which of the blocks to edit have no direction. UserError where none has one."""
+    left = sorted({writer.block for writer in writers} - rows.keys())
+    if not left:
+        return []
+    told = f"block{'s' if len(left) > 1 else ''} {vectors.spans(left)}"
+    if all(writer.block in left for writer in writers):
+        raise UserError(f"--blocks: nothing to remove from {told}: {why}")
+    return [f"{told} left alone: {why}"]
 
 
 def shares(settings: Settings) -> Callable[[Writer], float]:
@@ -87,14 +117,19 @@ def candidates(chosen: select.Chosen, settings: Settings) -> dict[str, Where]:
 def sources(extracted: Extracted, sets: Sets, writers: list[Writer], settings: Settings, say: Say) -> select.Chosen:
     """Blocks and positions in order, by bypass, induce and KL."""
     say("which block and position")
-    blocks = list(range(extracted.blocks))
-    if settings.block.isdecimal():
-        if int(settings.block) not in blocks:
-            raise UserError(f"--block {settings.block}: the model has the blocks 0 to {blocks[-1]}.")
-        blocks = [int(settings.block)]
-    found = {(b, p): extracted.removed(b, p, b)[0] for p in extracted.states for b in blocks if extracted.differs(b, p)}
+    blocks, last = [*extracted.meant], extracted.blocks - 1
+    if (block := block_of(settings)) is not None:
+        if block > last:
+            raise UserError(f"--block {settings.block}: the model has the blocks 0 to {last}.")
+        blocks = [block]
+    found = {
+        (b, p): extracted.removed(b, p, round(b))[0]
+        for p in extracted.states
+        for b in blocks
+        if extracted.differs(b, p)
+    }
     if not found:
-        raise UserError("both sets give the same states there: the prompts do not differ where they are read.")
+        raise UserError(extracted.none)
     asked = prompts(extracted, sets, settings)
     tokens = first_tokens(extracted, asked, settings)
     return select.choose(extracted.policy, writers, found, *asked, tokens=tokens, max_kl=most_kl(settings))
@@ -187,6 +222,7 @@ def searched(extracted: Extracted, sets: Sets, writers: list[Writer], settings: 
     plan = Plan(found.edits, None if kernel.source is None else round(kernel.source), position, list(found.notes))
     plan.tables = [select.table(chosen), pareto.table(found.trials, found.scorers, found.base, found.chosen)]
     plan.lines.append(f"removed: trial {number} of {journal}, states of {said(position)}, {settings.variant}")
+    plan.lines += stand_in(settings)
     plan.rows = {
         b: direction.unit(b) if kernel.source is None else direction.at(kernel.source) for b in direction.blocks
     }

@@ -32,14 +32,14 @@ FIRST, SCREENED = 4, 16  # prompts that all candidates are tried on, and how man
 LEAST_EACH = 3  # of each position at least so many
 CLEAR = 0.8  # AUROC of the log-odds of both sets, below which first tokens do not tell them apart
 
-Source = tuple[int, int | str]  # block, and position from the prompt's end or "completion"
+Source = tuple[float, int | str]  # block, also between two, and position from the prompt's end or "completion"
 
 
 @dataclass(frozen=True)
 class Candidate:
     """A direction and what it does, all means over prompts."""
 
-    block: int
+    block: float
     position: int | str
     bypass: float  # behaviour left on the positives with the direction ablated; lower is better
     induce: float = math.nan  # behaviour on the negatives with it added
@@ -115,7 +115,7 @@ def choose(
         for key in _screened(keys, lambda key: bypass(key, FIRST), screened):
             left = bypass(key, None)
             kl = float(divergences(policy, base[1], slots.states(1, texts[1])).mean())
-            induced = added(slots, taps.blocks(policy.model)[key[0]], directions[key], texts[1])
+            induced = added(slots, taps.blocks(policy.model)[round(key[0])], directions[key], texts[1])
             induce = float(reading.scores(policy, induced).mean())
             found.append(_judged(Candidate(*key, left, induce, kl), reading, max_kl))
     found.sort(key=lambda c: (c.kl > max_kl, bool(c.refused), c.kl if c.kl > max_kl else c.bypass))

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What `ablate` can be told, and what cannot be meant."""
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -23,6 +24,8 @@ class Settings:
     """Prompts that do not: a file."""
     positive_label: str | None = None
     """Which of the two labels of a file is the positive one, where they are not harmful/harmless or the like."""
+    paired: bool = False
+    """Line i of both files belong together: their differences are looked at pair by pair."""
     output: str = ""
     """Folder to write: adapter (or with --fuse the model), direction, metrics and report. It must be new or empty."""
     markers: tuple[str, ...] = ()
@@ -39,6 +42,8 @@ class Settings:
     """Prompts of each set that candidates are tried on."""
     method: Literal["mean", "pca", "logistic", "lda"] = "mean"
     """mean: difference of the means; pca: first component of the pairs' differences."""
+    direction: str | None = None
+    """File of `steer extract` or GGUF vector to remove; prompts are then for the weight and the measures alone."""
     rank: int = 1
     """Directions to remove: 1, or a subspace of so many (the mean difference first)."""
     winsorise: float = 1.0
@@ -48,7 +53,7 @@ class Settings:
     position: str = "auto"
     """Where states are taken: last (prompt token), -3, mean (over the model's completions), or auto: the best."""
     block: str = "auto"
-    """Whose direction is removed: 12, from all writers; per-block, each block its own; auto: whichever leaves less."""
+    """Whose direction is removed: 12, from all writers (12.5: between two); per-block, each its own; auto: the best."""
     weight: str = "auto"
     """How much of it: 1 all; above 1 makes up for embeddings, which are left alone; auto: the least that suffices."""
     attention_weight: float = 1.0
@@ -136,11 +141,14 @@ def check(settings: Settings, *, writes: bool = True) -> None:
         position_of(settings.position)
     weight_of(settings)
     markers_of(settings)
-    if settings.block not in ("auto", "per-block") and not settings.block.isdecimal():
-        raise UserError(f"--block {settings.block}: expected auto, per-block, or the number of a block.")
+    block_of(settings)
     _clashes(settings)
     if settings.text and not Path(settings.text).expanduser().is_file():
         raise UserError(f"--text {settings.text}: no such file.")
+    if settings.direction and not Path(settings.direction).expanduser().is_file():
+        raise UserError(
+            f"--direction {settings.direction}: no such file. `mlx-realign steer extract` writes directions."
+        )
     output = Path(settings.output)
     if writes and not settings.output and not settings.dry_run:
         raise UserError("--output is needed: the folder to write. --dry-run writes nothing.")
@@ -161,8 +169,14 @@ def _clashes(settings: Settings) -> None:
         raise UserError(
             "--fuse with --adapter: fuse the adapter first (mlx-realign export --to fused), or drop --fuse."
         )
+    extraction = ("method", "rank", "winsorise", "position", "prefix")
+    if settings.direction and (idle := [n for n in extraction if getattr(settings, n) != getattr(Settings, n)]):
+        flag = "no-prefix" if idle[0] == "prefix" else idle[0]
+        raise UserError(f"--direction is extracted already, and says from where: leave --{flag} off.")
     if settings.rank > 1 and settings.method != "mean":
         raise UserError(f"--rank {settings.rank} begins with the mean difference: it goes with --method mean only.")
+    if settings.rank > 1 and isinstance(block_of(settings), float):
+        raise UserError(f"--rank {settings.rank} and --block {settings.block}: between two blocks lies one direction.")
     if settings.rank > 1 and settings.variant in ("projected", "biprojected"):
         raise UserError(f"--rank {settings.rank} and --variant {settings.variant} do not go together: use --rank 1.")
     kinds = (settings.attention_weight, settings.mlp_weight, settings.experts_weight)
@@ -189,6 +203,18 @@ def _clashes(settings: Settings) -> None:
         )
 
 
+def block_of(settings: Settings) -> float | None:
+    """--block as a number, an int where it is one block; None for auto and per-block."""
+    if settings.block in ("auto", "per-block"):
+        return None
+    if not re.fullmatch(r"[0-9]+(\.[0-9]+)?", settings.block):
+        raise UserError(
+            f"--block {settings.block}: expected auto, per-block, the number of a block, or one between two, as 12.5."
+        )
+    block = float(settings.block)
+    return int(block) if block.is_integer() else block
+
+
 def weight_of(settings: Settings) -> float | None:
     """--weight as a number, None for auto."""
     if settings.weight == "auto":
@@ -205,6 +231,12 @@ def weight_of(settings: Settings) -> float | None:
 def most_kl(settings: Settings) -> float:
     """Nats: what auto takes."""
     return 0.1 if settings.max_kl is None else settings.max_kl
+
+
+def kl_limit(settings: Settings) -> float | None:
+    """Nats that the edit was to stay within: --max-kl, or what auto takes; None where neither was asked."""
+    chosen = not settings.search and "auto" in (settings.weight, settings.block)
+    return most_kl(settings) if chosen or settings.max_kl is not None else None
 
 
 def markers_of(settings: Settings) -> tuple[str, ...]:

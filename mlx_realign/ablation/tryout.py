@@ -9,7 +9,7 @@ them, at weights around that one, and the least that suffices is taken.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from rich import box
@@ -24,6 +24,7 @@ from .trial import Forced, Job, Runner, Slots, completions
 
 LADDER = (1.0, 1.25, 1.5, 2.0)
 STEP, RAISES = 0.125, 3  # of the weights tried on all prompts, around the one that sufficed on a few
+LEAST, LOWER = 0.5, 4  # weight below which none is looked for, and steps down to it from the first of the ladder
 FEW, FINALISTS = 12, 4  # prompts that all candidates are tried on; candidates that go on to all prompts
 GONE = 1 / 30  # share of the behaviour left that counts as none
 KL_TOKENS = 8  # of the base's completions
@@ -46,6 +47,12 @@ class Tried:
     def gone(self) -> bool:
         """Whether no more than one prompt in thirty, or one at all, is left."""
         return self.left <= max(GONE, 1.01 / self.prompts)
+
+
+class Attempt(Protocol):
+    """Tries a candidate at a weight, on all prompts; None where its KL is above the most, unless `always`."""
+
+    def __call__(self, name: str, weight: float, always: bool = False) -> Tried | None: ...
 
 
 class Trier:
@@ -119,7 +126,9 @@ def try_out(
         if trier.left(0, positives) < 0.5:
             return [], None
 
-        def attempt(name: str, weight: float, prompts: Sequence[Sequence[int]], always: bool = False) -> Tried | None:
+        def attempt(
+            name: str, weight: float, always: bool = False, prompts: Sequence[Sequence[int]] = positives
+        ) -> Tried | None:
             say(f"{name}, weight {weight:g}")
             kl, worst = trier.put(candidates[name], lambda writer: weight * share(writer))
             if kl > max_kl and not always:
@@ -129,7 +138,7 @@ def try_out(
         rough: dict[str, list[Tried]] = {}
         for name in candidates:
             for step in ladder:
-                one = attempt(name, step, positives[:FEW], always=step == ladder[0])
+                one = attempt(name, step, step == ladder[0], positives[:FEW])
                 if one is None:
                     break
                 rough.setdefault(name, []).append(one)
@@ -138,29 +147,37 @@ def try_out(
         best = sorted(rough, key=lambda name: order(min(rough[name], key=lambda one: one.left), max_kl))
         final: list[Tried] = []
         for name in best[:FINALISTS]:
-            final += _around(name, rough[name], lambda name, step: attempt(name, step, positives), weight is None)
-        if not final:
-            return [], None
+            final += _around(name, rough[name], attempt, weight is None)
     return final, min(final, key=lambda one: order(one, max_kl))
 
 
-def _around(
-    name: str, rough: Sequence[Tried], attempt: Callable[[str, float], Tried | None], several: bool
-) -> list[Tried]:
-    """A candidate on all prompts at the weight that sufficed on a few, and at the least one near it that suffices."""
+def _around(name: str, rough: Sequence[Tried], attempt: Attempt, several: bool) -> list[Tried]:
+    """A candidate on all prompts at the weight that sufficed on a few, and at the least one near it that suffices.
+
+    The first is there whatever its KL, so that there is always something to compare; `order` puts it last.
+    """
     last = min(rough, key=lambda one: (one.left, one.weight))
-    first = attempt(name, last.weight)
-    found = [first] if first else []
-    if not (first and several):
+    first = attempt(name, last.weight, True)
+    assert first is not None
+    found = [first]
+    if not several or first.left >= 0.5:
         return found
-    down, weight = first.left == 0, first.weight  # where little is left, a little more is worth a look
-    for _ in range(RAISES if first.left < 0.5 else 0):
-        weight += -STEP if down else STEP
-        one = attempt(name, weight) if weight >= LADDER[0] else None
+    down = first.left == 0  # where little is left, a little more is worth a look
+    for weight in _lower(first.weight) if down else [first.weight + n * STEP for n in range(1, RAISES + 1)]:
+        one = attempt(name, weight)
         found += [one] if one else []
+        if one is None and down:
+            continue  # above the most KL, as the first was: less may be within it
         if one is None or (not one.gone if down else one.left == 0):
             break
     return found
+
+
+def _lower(weight: float) -> list[float]:
+    """Weights below one that leaves nothing; below the ladder's first only where that sufficed, else it left some."""
+    enough = weight == LADDER[0]
+    below = [weight - n * STEP for n in range(1, (LOWER if enough else RAISES) + 1)]
+    return [one for one in below if one >= (LEAST if enough else LADDER[0])]
 
 
 def order(one: Tried, max_kl: float) -> tuple[Any, ...]:

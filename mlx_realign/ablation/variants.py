@@ -18,10 +18,11 @@ from mlx.utils import tree_flatten
 
 from .. import adapter, taps
 from ..adapter_fuse import dequantise, load_base, quantised, save_model, store
+from ..adapter_layers import Base
 from ..errors import UserError
 from ..policy import Policy
 from ..writers import module_at
-from .edit import Applied, Edit, Factors, rows_of
+from .edit import Applied, Edit, Factors, factors_of, rows_of
 
 Variant = Literal["plain", "projected", "biprojected", "row-norm", "column-norm", "affine"]
 VARIANTS: tuple[str, ...] = get_args(Variant)
@@ -35,7 +36,9 @@ class Stored(NamedTuple):
     """What writing edited weights has cost."""
 
     rounding: float  # of the stored weights, as a share of the edit
-    left: dict[str, float]  # path -> norm of B W as stored, as a share of what it was
+    left: dict[str, float]  # path -> norm of B W as stored, as a share of what it was; about |1 - weight| by itself
+    back: dict[str, float]  # path -> norm of what rounding alone puts into B W, as the same share
+    form: str  # of the stored weights: float32, bfloat16, 4-bit
 
 
 def rewritten(variant: str, weight: np.ndarray, edit: Edit) -> np.ndarray:
@@ -54,11 +57,15 @@ def remainder(
 ) -> tuple[dict[str, Factors], dict[str, float]]:
     """What a variant of full rank has beyond the plain edit, by path: the best change of that rank, and its error.
 
-    The error is the norm of what is missing as a share of the norm of the whole edit.
+    The edit is of the weight with the adapter that the policy carries, whose ranks stay. The error is the norm of what
+    is missing as a share of the norm of the whole edit.
     """
-    factors, errors = {}, {}
+    factors, errors, carried = {}, {}, adapter.adapters_of(policy.model)
     for edit in edits:
         weight = rows_of(module_at(policy.model, edit.writer.path))
+        if edit.writer.path in carried:
+            old = factors_of(carried[edit.writer.path])
+            weight = weight + (old[0] @ old[1]).swapaxes(-1, -2).astype(np.float32)
         found = rewritten(variant, weight, edit)
         rest = found - rewritten("plain", weight, edit)
         matrices = rest if rest.ndim == 3 else rest[None]
@@ -206,9 +213,9 @@ def save_fused(
         dequantise(model, config)
     if means is not None:
         config = hold_biases(model, config, [edit.writer.path for edit in edits])
-    error, size, left = 0.0, 0.0, {}
+    error, size, left, back, forms = 0.0, 0.0, {}, {}, {}
     for edit in edits:
-        layer = module_at(model, edit.writer.path)
+        layer, path = module_at(model, edit.writer.path), edit.writer.path
         weight = rows_of(layer)
         exact = rewritten(variant, weight, edit)
         bias = _biased(layer, edit, means)
@@ -218,16 +225,22 @@ def save_fused(
         mx.eval(layer.parameters())
         stored = rows_of(layer)
         error, size = error + float(((stored - exact) ** 2).sum()), size + float(((exact - weight) ** 2).sum())
-        was, now = (float(np.linalg.norm(edit.directions @ x)) for x in (weight, stored))
-        left[edit.writer.path] = now / was if was else 0.0
+        was, now, more = (float(np.linalg.norm(edit.directions @ x)) for x in (weight, stored, stored - exact))
+        left[path], back[path] = (now / was, more / was) if was else (0.0, 0.0)
+        forms[form(layer)] = None
     rounding = (error / size) ** 0.5 if size else 0.0
     if quantised(model) and not force:
         raise UserError(
             f"--fuse: {source} is quantised, and quantising the edited weights again would move them by "
-            f"{rounding:.0%} of what the edit does and leave {np.mean(list(left.values())):.1%} of the direction in "
-            "them. Leave --fuse off (the adapter is exact), or use --dequantize; --force quantises anyway."
+            f"{rounding:.0%} of what the edit does and put {np.mean(list(back.values())):.1%} of the direction back "
+            "into them. Leave --fuse off (the adapter is exact), or use --dequantize; --force quantises anyway."
         )
     if output is not None:
         output.mkdir(parents=True, exist_ok=True)
         save_model(model, config, source, output)
-    return Stored(rounding, left)
+    return Stored(rounding, left, back, ", ".join(forms))
+
+
+def form(layer: Base) -> str:
+    """How a layer keeps its weight: float32, bfloat16, 4-bit."""
+    return f"{layer.bits}-bit" if "scales" in layer else str(layer.weight.dtype).removeprefix("mlx.core.")

@@ -179,11 +179,8 @@ def extract(policy: Policy, contrast: Contrast, settings: Settings, say: Say = l
     UserError where sets that must be pairs are not, a block is not there, or a vector is zero.
     """
     paired = contrast.paired or settings.paired
-    if paired and len(contrast.positive) != len(contrast.negative):
-        raise UserError(
-            f"--paired: {len(contrast.positive)} positive and {len(contrast.negative)} negative prompts are no pairs: "
-            "give as many of both, line by line."
-        )
+    if paired:
+        contrast = pairs.as_pairs(contrast)
     prefix = prefix_of(policy, contrast, settings, say)
     sides = []
     for name in ("positive", "negative"):

@@ -10,7 +10,7 @@ beside it.
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -75,6 +75,16 @@ def read(positive: Given, negative: Given | None = None, *, positive_label: str 
     paired = all(entry.pair for entry in entries)
     prompts = [[entry.prompt for entry in side] for side in (ahead, behind)]
     return Contrast(prompts[0], prompts[1], digest.hexdigest(), paired, said[0], said[1])
+
+
+def as_pairs(contrast: Contrast) -> Contrast:
+    """The same sets, the i-th of both belonging together. UserError where they are not as many."""
+    if len(contrast.positive) != len(contrast.negative):
+        raise UserError(
+            f"--paired: {len(contrast.positive)} positive and {len(contrast.negative)} negative prompts are no pairs: "
+            "give as many of both, line by line."
+        )
+    return replace(contrast, paired=True)
 
 
 def prompts_of(given: Given, flag: str = "--prompts") -> list[Prompt]:
