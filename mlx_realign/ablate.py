@@ -32,6 +32,7 @@ from .ablation.edit import Applied
 from .ablation.extraction import Extracted, Sets
 from .ablation.measure import Bench, Measured
 from .ablation.planning import Plan, Say
+from .ablation.preflight import preflight
 from .ablation.settings import Settings, check, markers_of
 from .errors import UserError
 from .policy import Policy
@@ -109,6 +110,7 @@ def run(
     sets = extraction.split(contrast, settings)
     say("what writes to the residual stream")
     writers, lines = wanted_writers(policy, settings)
+    preflight(policy, sets, writers, settings)
     extracted = extraction.extract(policy, sets, settings, paired=contrast.paired, say=say)
     lines = [*told_sets(sets), *lines, *told_prefix(extracted)]
     if settings.dry_run:
@@ -183,18 +185,12 @@ def put_on(extracted: Extracted, plan: Plan, sets: Sets, settings: Settings) -> 
     policy, edits, lines = extracted.policy, plan.edits, []
     if not edits:
         raise UserError("nothing is to be edited: all weights are 0.")
-    if settings.fuse and policy.config.get("quantization") and not (settings.force or settings.dequantize):
-        variants.save_fused(policy.folder, None, edits, settings.variant)  # raises, with what it would cost
     if settings.fuse and not any("scales" in writers_module.module_at(policy.model, e.writer.path) for e in edits):
         means = None
         if settings.variant == "affine":
             asked = capture.encode(policy, sets.fit[1][:128], prefix=extracted.prefix)
             means = plan.facts["means"] = variants.means_of(policy, edits, asked)
         return variants.rewrite(policy, edits, settings.variant, means), lines
-    if settings.variant == "affine":
-        raise UserError(
-            "--variant affine: the weights are quantised, and cannot be edited. Load them with --dtype float32."
-        )
     if left := edit.bias_left(policy, edits):
         worst = max(left, key=left.__getitem__)
         lines.append(

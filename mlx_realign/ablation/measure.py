@@ -166,7 +166,9 @@ def measure(
     said = [ids[: bench.kl_tokens] for ids in before[1].tokens]
     both = list(zip(bench.negative, said, strict=True))
     forced = [Forced([*prompt, *ids[:-1]], len(prompt) - 1) for prompt, ids in both]
-    texts, targets = _texts(policy, bench.text) if bench.text else (forced, np.concatenate([np.array(i) for i in said]))
+    texts, targets = (
+        texts_of(policy, bench.text) if bench.text else (forced, np.concatenate([np.array(i) for i in said]))
+    )
     now = states(policy, forced), states(policy, texts) if bench.text else None
     where = along(policy, bench, removed, before)
     with applied.off():
@@ -189,7 +191,7 @@ def _positions(was: list[float], now: list[float]) -> dict[str, float]:
     }
 
 
-def _texts(policy: Policy, file: str) -> tuple[list[Forced], np.ndarray]:
+def texts_of(policy: Policy, file: str) -> tuple[list[Forced], np.ndarray]:
     """Paragraphs of a text file as the model reads them, raw."""
     path = Path(file).expanduser()
     try:

@@ -17,7 +17,7 @@ from . import edit, select, tryout
 from .edit import Edit
 from .extraction import MEAN, Extracted, Position, Sets
 from .scorers import plain
-from .settings import Settings, markers_of, most_kl, weight_of
+from .settings import Settings, journal_of, markers_of, most_kl, weight_of
 
 GLOBALS, MEANS = 3, 2  # candidates of one block that go on to completions, and those of completions' means among them
 FIRST_TOKENS = 32  # of completions by which it is told whether they show the behaviour
@@ -165,7 +165,7 @@ def searched(extracted: Extracted, sets: Sets, writers: list[Writer], settings: 
     chosen = sources(extracted, sets, writers, settings, say)
     position = chosen.best.position
     direction = extracted.direction(None, position, "", {})
-    journal = Path(settings.journal or f"{settings.output.rstrip('/')}.search.jsonl")
+    journal = journal_of(settings)
     found = search.run(
         extracted.policy,
         direction,

@@ -202,6 +202,11 @@ def weight_of(settings: Settings) -> float | None:
     return weight
 
 
+def journal_of(settings: Settings) -> Path:
+    """The file that a search goes on from."""
+    return Path(settings.journal or f"{settings.output.rstrip('/')}.search.jsonl")
+
+
 def most_kl(settings: Settings) -> float:
     """Nats: what auto takes."""
     return 0.1 if settings.max_kl is None else settings.max_kl
