@@ -33,7 +33,7 @@ from .ablation.extraction import Extracted, Sets
 from .ablation.measure import Bench, Measured
 from .ablation.planning import Plan, Say
 from .ablation.preflight import preflight
-from .ablation.settings import Settings, check, markers_of
+from .ablation.settings import Settings, check, journal_of, markers_of
 from .errors import UserError
 from .policy import Policy
 from .steering import pairs
@@ -134,6 +134,9 @@ def run(
         say("writing")
         save(result, extracted, settings)
         show(f"written to {settings.output}; {report_use(settings, result.policy)}", highlight=False, markup=False)
+        if settings.search:
+            again = f"the same command with --journal {journal_of(settings)} --pick N --output NEW"
+            show(f"another trial of this search: {again}", highlight=False, markup=False, soft_wrap=True)
     return result
 
 
@@ -254,7 +257,7 @@ def save(result: Result, extracted: Extracted, settings: Settings) -> None:
     """Adapter or model, direction, metrics, report, plot."""
     output, plan, policy = Path(settings.output), result.plan, result.policy
     output.mkdir(parents=True, exist_ok=True)
-    more: list[tuple[str, str]] = []
+    more = list(plan.sections)
     if settings.fuse:
         stored = variants.save_fused(
             policy.folder,

@@ -133,6 +133,25 @@ def test_an_adapter_that_it_starts_from_is_in_the_result(sets: Path, output: Pat
     assert any("of the positives showed the behaviour before" in note for note in found["notes"])
 
 
+def test_a_search_leaves_its_front_and_says_how_another_trial_is_taken(sets: Path, tmp_path: Path, capsys: Any):
+    pytest.importorskip("optuna")
+    argv = ["--positive", str(sets / "both.jsonl"), "--markers", MARKERS, "--position", "-3", "--max-new-tokens", "8"]
+    argv += ["--select-prompts", "6", "--eval-limit", "4", "--search", "--trials", "3"]
+    out, journal = tmp_path / "out", tmp_path / "out.search.jsonl"
+    assert run(*argv, "--output", str(out)) == 0
+    last = f"another trial of this search: the same command with --journal {journal} --pick N --output NEW"
+    assert capsys.readouterr().out.splitlines()[-1].strip() == last
+    found = json.loads((out / "metrics.json").read_text())
+    told = found["search"]
+    assert told["trials"] == 3 and told["chosen"]["trial"] == found["trial"]
+    [chosen] = [one for one in told["front"] if one["trial"] == found["trial"]]
+    assert (chosen["scores"], chosen["kernel"]) == (told["chosen"]["scores"], found["kernel"])
+    section = (out / "report.md").read_text().split("### What the search found")[1]
+    assert f"| {found['trial']} <- |" in section and section.count("| unedited |") == 1
+    assert run(*argv, "--output", str(out)) == 2
+    assert f"a new --output with --journal {journal} (and --pick N" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_a_search_ends_in_an_adapter_and_goes_on_from_its_journal(sets: Path, tmp_path: Path, capsys: Any):
     pytest.importorskip("optuna")

@@ -36,6 +36,7 @@ class Plan:
     lines: list[str] = field(default_factory=list)
     tables: list[Table] = field(default_factory=list)
     facts: dict[str, Any] = field(default_factory=dict)
+    sections: list[tuple[str, str]] = field(default_factory=list)  # of the report: heading, Markdown
     plot: Callable[[Path], None] | None = None  # of the search, into a .png
     rows: dict[int, np.ndarray] | None = None  # what a search takes out of each block, float64 [d]; it may be mixed
 
@@ -185,13 +186,16 @@ def searched(extracted: Extracted, sets: Sets, writers: list[Writer], settings: 
     )
     kernel, number = found.chosen.kernel, found.chosen.number
     plan = Plan(found.edits, None if kernel.source is None else round(kernel.source), position, list(found.notes))
-    plan.tables = [select.table(chosen), pareto.table(found.trials, found.scorers, found.base, found.chosen)]
+    outcome = found.trials, found.scorers, found.base, found.chosen
+    plan.tables = [select.table(chosen), pareto.table(*outcome)]
+    plan.sections = [("### What the search found", pareto.section(*outcome))]
     plan.lines.append(f"removed: trial {number} of {journal}, states of {said(position)}, {settings.variant}")
     plan.rows = {
         b: direction.unit(b) if kernel.source is None else direction.at(kernel.source) for b in direction.blocks
     }
     plan.facts = {"selection": select.plain(chosen), "kernel": kernel.plain(), "trial": number}
-    plan.plot = lambda path: pareto.plot(found.trials, found.scorers, found.base, found.chosen, path)
+    plan.facts["search"] = pareto.facts(*outcome)
+    plan.plot = lambda path: pareto.plot(*outcome, path)
     return plan
 
 

@@ -145,7 +145,10 @@ def check(settings: Settings, *, writes: bool = True) -> None:
     if writes and not settings.output and not settings.dry_run:
         raise UserError("--output is needed: the folder to write. --dry-run writes nothing.")
     if settings.output and output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise UserError(f"--output {output}: exists and is not an empty folder. Give a new one.")
+        journal = journal_of(settings)
+        on = f" To go on with its search: a new --output with --journal {journal} (and --pick N for another trial)."
+        went = on if settings.search and journal.is_file() else ""
+        raise UserError(f"--output {output}: exists and is not an empty folder. Give a new one.{went}")
 
 
 def _clashes(settings: Settings) -> None:
