@@ -63,12 +63,14 @@ def main(argv: list[str]) -> int:
     check(settings)
     contrast = pairs.read(settings.positive, settings.negative, positive_label=settings.positive_label)
     console = Console(stderr=settings.json)
-    with Console(stderr=True).status(f"loading {settings.model}") as status:
+    progress = Console(stderr=True)
+    with progress.status(f"loading {settings.model}") as status:
+        say = status.update if progress.is_terminal else lambda line: print(line, file=sys.stderr, flush=True)
         loading = ("adapter", "dtype", "quantize", "cpu_dequantize", "trust_remote_code")
         policy = Policy.load(settings.model, **{name: getattr(settings, name) for name in loading})
         for note in policy.notes:
             print(note, file=sys.stderr)
-        found = run(policy, contrast, settings, say=status.update, console=console)
+        found = run(policy, contrast, settings, say=say, console=console)
     if settings.json:
         print(json.dumps(_plain(found.facts if isinstance(found, Result) else found), ensure_ascii=False))
     return 0

@@ -140,7 +140,10 @@ def test_a_search_leaves_its_front_and_says_how_another_trial_is_taken(sets: Pat
     out, journal = tmp_path / "out", tmp_path / "out.search.jsonl"
     assert run(*argv, "--output", str(out)) == 0
     last = f"another trial of this search: the same command with --journal {journal} --pick N --output NEW"
-    assert capsys.readouterr().out.splitlines()[-1].strip() == last
+    printed = capsys.readouterr()
+    assert printed.out.splitlines()[-1].strip() == last
+    trials = [line for line in printed.err.splitlines() if line.startswith("trial ")]  # no terminal: plain lines
+    assert [line.split()[2] for line in trials] == ["(1/3):", "(2/3):", "(3/3):"]
     found = json.loads((out / "metrics.json").read_text())
     told = found["search"]
     assert told["trials"] == 3 and told["chosen"]["trial"] == found["trial"]

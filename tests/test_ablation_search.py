@@ -128,13 +128,14 @@ def test_a_search_that_was_stopped_goes_on_and_repeats_nothing(run: Callable[...
         if sum(said.startswith("trial") for said in first) == 4:
             raise KeyboardInterrupt  # as Ctrl-C does
 
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(KeyboardInterrupt) as stop:
         run(journal, say=until_four)
     found = run(journal, say=later.append)
-    assert first.pop() == f"stopped: 4 trials are kept in {journal}; the same command goes on from there"
-    done = {line.split(":")[0] for line in first if line.startswith("trial")}
-    assert len(done) == 4 and len(found.trials) == 10
-    assert not done & {line.split(":")[0] for line in later} and "the unedited model" not in later
+    assert str(stop.value) == f"stopped: 4 of 10 trials are kept in {journal}; the same command goes on from there"
+    numbers = [[line.split()[1] for line in said if line.startswith("trial")] for said in (first, later)]
+    assert len(numbers[0]) == 4 and len({*numbers[0], *numbers[1]}) == len(found.trials) == 10
+    counts = [line.split("(")[1].split(")")[0] for line in first + later if line.startswith("trial")]
+    assert counts == [f"{n}/10" for n in range(1, 11)] and "the unedited model" not in later
     assert len({repr(trial.kernel.plain()) for trial in found.trials}) == 10
     again = run(journal, say=later.append, pick="best-kl")
     assert told(again) == told(found) and again.tokens == 0

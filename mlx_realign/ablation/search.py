@@ -99,7 +99,7 @@ def run(
     `pareto.choose`. max_kl: a trial whose KL is above it is left before anything is generated. rows: completions
     made at once. setting: the other fields of `scorers.Setting`.
     Raises UserError for a missing extra, a journal of another search, and what `scorers.make` and `kernel.space_of`
-    refuse; KeyboardInterrupt passes through, the journal being whole.
+    refuse; KeyboardInterrupt says how to go on, the journal being whole.
     """
     made = make(scorers, Setting(policy, positive, negative, **setting))
     space = space_of(writers, direction, len(taps.blocks(policy.model)))
@@ -120,8 +120,8 @@ def run(
         try:
             base = search.run(study, trials)
         except KeyboardInterrupt:
-            say(f"stopped: {len(study.trials())} trials are kept in {journal}; the same command goes on from there")
-            raise
+            kept = f"{len(study.trials())} of {trials} trials are kept in {journal}"
+            raise KeyboardInterrupt(f"stopped: {kept}; the same command goes on from there") from None
         done = study.trials()
         if max_kl is not None and all(trial.pruned for trial in done):
             more = "Raise --max-kl, with a new --journal, or go on with more --trials."
@@ -151,6 +151,7 @@ class _Search:
         prompts = [prompt for scorer in self.ask.values() for prompt in scorer.prompts]
         self.runner = Runner(slots, prompts, rows) if prompts and slots.policy.sharing else None
         self.counted = 0  # tokens generated without a runner
+        self.trials = 0  # that the journal shall hold
         for scorer in self.give.values():
             scorer.prepare(slots)
 
@@ -161,7 +162,7 @@ class _Search:
 
     def run(self, study: Study, trials: int) -> tuple[float, ...]:
         """Until there are so many trials; scores of the unedited model, which is judged beside the first ones."""
-        done = study.trials()
+        self.trials, done = trials, study.trials()
         best = [trial.scores for trial in front(done, self.scorers)]
         left, under_way = trials - len(done), []
         if study.base is None:
@@ -275,7 +276,8 @@ class _Search:
             study.tell(attempt.asked, attempt.kernel, bound, coarse(guess, self.scorers), not whole)
             if whole:
                 best.append(bound)
-            self.say(f"trial {attempt.asked.number}: {'' if whole else 'left at '}{self._told(bound)}")
+            told = f"{'' if whole else 'left at '}{self._told(bound)}"
+            self.say(f"trial {attempt.asked.number} ({len(study.trials())}/{self.trials}): {told}")
 
     def _told(self, scores: Sequence[float]) -> str:
         return ", ".join(f"{s.name} {s.told(score)}" for s, score in zip(self.scorers, scores, strict=True))
