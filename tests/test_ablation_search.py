@@ -172,6 +172,27 @@ def test_only_trials_that_cannot_win_are_left(whole: search.Found, policy: Polic
             assert any(dominates(coarse(other, whole.scorers), scores) for other in best)
 
 
+def test_markers_that_do_not_fit_stop_it_at_once_and_leave_no_journal(
+    run: Callable[..., search.Found], tmp_path: Path, policy: Policy
+):
+    told: list[str] = []
+    said = [" ".join(text.split()) for text in rollout.complete(policy, POSITIVE, max_new_tokens=LENGTH)]
+    with pytest.raises(UserError, match="only 0% of the 8 positives show the behaviour by --markers") as error:
+        run(tmp_path / "search.jsonl", trials=50, markers=("no such words",), say=told.append)
+    assert any(f"One of its replies: {reply!r}." in str(error.value) for reply in said)
+    assert sum(line.startswith("trial") for line in told) < 10 and list(tmp_path.iterdir()) == []
+
+
+def test_markers_that_fit_few_replies_are_warned_of(
+    run: Callable[..., search.Found], whole: search.Found, tmp_path: Path, policy: Policy, marker: str
+):
+    said = [text.lower() for text in rollout.complete(policy, POSITIVE, max_new_tokens=LENGTH)]
+    share = sum(marker in text for text in said) / 8
+    assert 0.1 < share < 0.5 and any(note.startswith(f"warning: only {share:.0%} of") for note in whole.notes)
+    found = run(tmp_path / "search.jsonl", trials=1, markers=tuple({text.split()[0] for text in said}), pick="0")
+    assert found.base[0] == 1.0 and not any("warning" in note for note in found.notes)
+
+
 def test_a_trial_beyond_max_kl_generates_nothing(run: Callable[..., search.Found], tmp_path: Path):
     told: list[str] = []
     with pytest.raises(UserError, match="no trial stayed within a KL of 1e-09"):

@@ -38,7 +38,7 @@ class Study:
         self.seed, self.max_kl = seed, max_kl
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         journal.parent.mkdir(parents=True, exist_ok=True)
-        self.journal = journal
+        self.journal, self.began = journal, not journal.is_file()
         sense = [optuna.study.StudyDirection.MINIMIZE] * len(scorers)
         with _reading(journal):
             self.study = optuna.create_study(
@@ -59,6 +59,12 @@ class Study:
                 f"{self.journal}: is the journal of a search with another {', '.join(different)}. "
                 "Go on with what it was made with, or name a new file."
             )
+
+    def drop(self) -> bool:
+        """Remove the journal, whose trials are of no use, if this began it; whether it did."""
+        if self.began:
+            self.journal.unlink(missing_ok=True)
+        return self.began
 
     @property
     def base(self) -> tuple[float, ...] | None:
