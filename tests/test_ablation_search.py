@@ -288,6 +288,37 @@ def test_another_search_in_the_journal_is_refused(run: Callable[..., search.Foun
         run(tmp_path / "notes.txt")
 
 
+@pytest.mark.parametrize(
+    ("scorer", "file", "one", "other"),
+    [
+        ("perplexity:{}", "some.txt", "Rain falls.\n", "Rain fell.\n"),
+        (
+            "accuracy:{}:exact",
+            "sums.jsonl",
+            '{"prompt": "2+3?", "answer": "5"}\n',
+            '{"prompt": "2+3?", "answer": "6"}\n',
+        ),
+        (
+            "{}:judge",
+            "own.py",
+            "def judge(completion, row):\n    return 1.0\n",
+            "def judge(completion, row):\n    return 0.5\n",
+        ),
+    ],
+)
+def test_a_journal_is_of_what_is_in_the_scorers_files(
+    run: Callable[..., search.Found], tmp_path: Path, scorer: str, file: str, one: str, other: str
+):
+    path, journal = tmp_path / file, tmp_path / "search.jsonl"
+    options: dict[str, Any] = {"trials": 1, "pick": "0", "scorers": ("kl", scorer.format(path))}
+    path.write_text(one)
+    first = run(journal, **options)
+    assert run(journal, **options).base == first.base
+    path.write_text(other)
+    with pytest.raises(UserError, match="journal of a search with another content of the scorers' files. Go on with"):
+        run(journal, **options)
+
+
 def test_without_optuna_the_extra_is_named(run: Callable[..., search.Found], tmp_path: Path, monkeypatch: Any):
     monkeypatch.setitem(sys.modules, "optuna", None)
     with pytest.raises(UserError, match=r"pip install 'mlx-realign\[search\]'"):

@@ -228,6 +228,14 @@ def _make(spec: str, setting: Setting) -> Scorer:
     )
 
 
+def files(scorer: Scorer) -> list[Path]:
+    """What its scores come from beside the model: texts, problems, the source of a judge of one's own."""
+    kind, _, rest = scorer.name.partition(":")
+    named = {"perplexity": [rest], "accuracy": [rest.partition(":")[0]]}.get(kind, [])
+    judges = scorer.pool.verifiers if isinstance(scorer, Judged) else []
+    return [Path(file).expanduser() for file in (*named, *(judge.path for judge in judges if judge.path))]
+
+
 def plain(text: str) -> str:
     """Lower case, without emphasis, straight apostrophes, one space between words."""
     return " ".join(text.lower().replace("*", "").replace("\u2019", "'").split())

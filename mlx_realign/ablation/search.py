@@ -25,7 +25,7 @@ from ..writers import Writer
 from .edit import Edit
 from .kernel import SPACE, Kernel, space_of
 from .pareto import Trial, choose, coarse, dominates, front
-from .scorers import Asked, Given, Markers, Prompt, Scorer, Setting, make
+from .scorers import Asked, Given, Markers, Prompt, Scorer, Setting, files, make
 from .study import Study
 from .trial import Job, Runner, Slots, completions
 
@@ -116,6 +116,8 @@ def run(
         "setting": _digest([repr(sorted(setting.items())).encode()]),
         "max_kl": max_kl,
     }
+    if read := [file for scorer in made for file in files(scorer)]:
+        asked["content of the scorers' files"] = _digest([file.read_bytes() for file in read])
     with Slots(policy, writers, SLOTS, direction.width) as slots:
         search = _Search(slots, made, writers, direction, rows, say)
         study.claim(asked)
