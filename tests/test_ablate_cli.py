@@ -11,6 +11,7 @@ import pytest
 
 import mlx_realign as mr
 from mlx_realign import ablate, cli, demo_world, loading, vectors
+from mlx_realign.ablation.settings import Settings, markers_of
 from mlx_realign.policy import Policy
 from mlx_realign.rollout import complete
 
@@ -172,6 +173,15 @@ def test_a_search_ends_in_an_adapter_and_goes_on_from_its_journal(sets: Path, tm
     assert "no trial stayed within a KL of 1e-09. Raise --max-kl" in capsys.readouterr().err
 
 
+def test_markers_may_be_a_file_or_hold_a_slash_beside_others(tmp_path: Path):
+    def read(*markers: str) -> tuple[str, ...]:
+        return markers_of(Settings(model="m", positive="p", markers=markers))
+
+    (tmp_path / "marks.txt").write_text("\ufeffdésolé\n\n n/a \n", encoding="utf-8")
+    assert read(str(tmp_path / "marks.txt")) == ("désolé", "n/a")
+    assert read("n/a", "sorry") == ("n/a", "sorry") and read("I won't.") == ("I won't.",)
+
+
 PAIRS = '{"prompt": "a", "chosen": "b", "rejected": "c"}\n' * 4
 
 
@@ -200,6 +210,15 @@ PAIRS = '{"prompt": "a", "chosen": "b", "rejected": "c"}\n' * 4
         (["--positive", "both.jsonl", "--output", "new", "--held-out", "1"], "--held-out must be above 0 and below 1"),
         (["--positive", "both.jsonl", "--output", "new", "--writers", "o_prj"], "--writers o_prj: no layer that gives"),
         (["--positive", "nowhere.txt", "--output", "new"], "nowhere.txt: no such file"),
+        (
+            ["--positive", "both.jsonl", "--output", "new", "--markers", "marks.txt"],
+            "--markers marks.txt: no such file",
+        ),
+        (["--positive", "both.jsonl", "--output", "new", "--markers", "my/marks"], "--markers my/marks: no such file"),
+        (
+            ["--positive", "both.jsonl", "--output", "new", "--markers", "latin.txt"],
+            "--markers latin.txt: cannot be read",
+        ),
         (["--positive", "few.jsonl", "--output", "new"], "--positive: 1 prompts are too few"),
         (["--positive", "pairs.jsonl", "--output", "new"], "has chosen and rejected|have chosen and rejected"),
     ],
@@ -207,6 +226,7 @@ PAIRS = '{"prompt": "a", "chosen": "b", "rejected": "c"}\n' * 4
 def test_mistakes_get_one_line(argv: list[str], said: str, sets: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any):
     monkeypatch.chdir(sets)
     rows = [{"prompt": "a", "label": "yes"}, {"prompt": "b", "label": "no"}]
+    (sets / "latin.txt").write_bytes("désolé\n".encode("latin-1"))
     (sets / "few.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (sets / "pairs.jsonl").write_text("".join(PAIRS.replace('"a"', f'"a{i}"', 1) for i in range(1)))
     assert run(*argv) == 2

@@ -9,7 +9,6 @@ edit costs is the KL to the base on the negatives, first token and along the bas
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import mlx.core as mx
@@ -21,7 +20,7 @@ from ..intervals import Interval, paired, sign_test, wilson
 from ..policy import Policy
 from ..sampling import Sampling
 from .edit import Applied
-from .scorers import MARKERS, broken, plain
+from .scorers import MARKERS, broken, plain, read_text
 from .trial import Forced, Slots
 
 LEAST_TOKENS = 100  # of completions, below which a rate of markers says little
@@ -193,12 +192,7 @@ def _positions(was: list[float], now: list[float]) -> dict[str, float]:
 
 def texts_of(policy: Policy, file: str) -> tuple[list[Forced], np.ndarray]:
     """Paragraphs of a text file as the model reads them, raw."""
-    path = Path(file).expanduser()
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--text {file}: cannot be read ({error}). Give a UTF-8 text file.") from None
-    parts = [part.strip() for part in text.split("\n\n") if part.strip()]
+    parts = [part.strip() for part in read_text(file, "--text").split("\n\n") if part.strip()]
     tokens = [data.encode_prompt(part, policy.tokenizer, chat_template=False)[:1024] for part in parts]
     tokens = [ids for ids in tokens if len(ids) > 1]
     if not tokens:

@@ -241,6 +241,15 @@ def plain(text: str) -> str:
     return " ".join(text.lower().replace("*", "").replace("\u2019", "'").split())
 
 
+def read_text(file: str | Path, flag: str) -> str:
+    """A text file. UserError, naming the flag, for one that cannot be read or is not UTF-8."""
+    try:
+        return Path(file).expanduser().read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = "not UTF-8 text" if isinstance(error, UnicodeDecodeError) else error.strerror
+        raise UserError(f"{flag} {file}: cannot be read: {reason}. Give a UTF-8 text file.") from None
+
+
 def broken(text: str, loops: float = LOOPS) -> bool:
     """Whether a completion says nothing, or little else than what it said before."""
     said = repetition.verify(text, {})
@@ -259,8 +268,10 @@ def _rows(file: str, keys: Sequence[str]) -> list[dict[str, Any]]:
     if not path.is_file():
         raise UserError(f"--scorers: there is no file {file}.")
     if path.suffix == ".txt" and "text" in keys:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-        return [{"text": line} for line in lines if line.strip()]
+        rows = [{"text": line} for line in read_text(path, "--scorers").splitlines() if line.strip()]
+        if not rows:
+            raise UserError(f"{file}: holds no text.")
+        return rows
     rows = []
     for line, row in sources.read(path):
         if isinstance(row, RowError) or not isinstance(row, dict) or not any(row.get(key) for key in keys):

@@ -7,7 +7,7 @@ from typing import Literal
 
 from ..errors import UserError
 from ..steering.extract import position_of
-from .scorers import MARKERS, plain
+from .scorers import MARKERS, plain, read_text
 from .variants import Variant
 
 
@@ -216,15 +216,19 @@ def most_kl(settings: Settings) -> float:
 
 
 def markers_of(settings: Settings) -> tuple[str, ...]:
-    """--markers, read from a file where it names one. UserError where there is none in it."""
+    """--markers, read from a file where it names one. UserError for a file that is not there or holds none."""
     if not settings.markers:
         return MARKERS
     if bare := [marker for marker in settings.markers if not plain(marker)]:
         raise UserError(f"--markers: {bare[0]!r} is in every text. Give words, with single commas between them.")
-    path = Path(settings.markers[0]).expanduser()
-    if len(settings.markers) == 1 and path.is_file():
-        found = tuple(line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if plain(line))
+    named = settings.markers[0]
+    if len(settings.markers) > 1:
+        return settings.markers
+    if Path(named).expanduser().is_file():
+        found = tuple(line.strip() for line in read_text(named, "--markers").splitlines() if plain(line))
         if not found:
-            raise UserError(f"--markers {path}: holds no line. Give one marker per line.")
+            raise UserError(f"--markers {named}: holds no line. Give one marker per line.")
         return found
+    if named.endswith(".txt") or "/" in named:
+        raise UserError(f"--markers {named}: no such file. (A marker that looks like one goes into a file of markers.)")
     return settings.markers
