@@ -25,6 +25,7 @@ from .trial import Forced, Slots
 
 LEAST_TOKENS = 100  # of completions, below which a rate of markers says little
 PIECE = 1 << 25  # entries of log-probs made at a time
+WINDOW = 1024  # tokens of a text that the model is given at once
 DAMAGE = 0.5  # nats of first-token KL: above it, published models are damaged
 
 Prompt = str | list[dict[str, Any]]
@@ -191,13 +192,27 @@ def _positions(was: list[float], now: list[float]) -> dict[str, float]:
 
 
 def texts_of(policy: Policy, file: str) -> tuple[list[Forced], np.ndarray]:
-    """Paragraphs of a text file as the model reads them, raw."""
+    """Paragraphs of a text file as the model reads them, raw, and their tokens from the second on, int [n].
+
+    UserError for a file that cannot be read or holds nothing to predict.
+    """
     parts = [part.strip() for part in read_text(file, "--text").split("\n\n") if part.strip()]
-    tokens = [data.encode_prompt(part, policy.tokenizer, chat_template=False)[:1024] for part in parts]
-    tokens = [ids for ids in tokens if len(ids) > 1]
-    if not tokens:
+    tokens = [data.encode_prompt(part, policy.tokenizer, chat_template=False) for part in parts]
+    texts = [text for ids in tokens for text in _windows(ids, policy.tokenizer.bos_token_id)]
+    if not texts:
         raise UserError(f"--text {file}: holds no text to predict.")
-    return [Forced(ids[:-1], 0) for ids in tokens], np.concatenate([np.array(ids[1:]) for ids in tokens])
+    return texts, np.concatenate([np.array(ids[1:], np.int32) for ids in tokens])
+
+
+def _windows(ids: Sequence[int], bos: int | None) -> list[Forced]:
+    """A text in parts of at most WINDOW tokens, so that each token but the first is predicted once, in order.
+
+    A text that begins with `bos` has it before each part.
+    """
+    given, begin = list(ids[:-1]), list(ids[:1]) if ids and ids[0] == bos else []
+    size = WINDOW - len(begin)
+    first = [Forced(given[:WINDOW], 0)] if given else []
+    return first + [Forced([*begin, *given[i : i + size]], len(begin)) for i in range(WINDOW, len(given), size)]
 
 
 # ------------------------------------------------------------------ what follows

@@ -82,7 +82,7 @@ class Settings:
     kl_tokens: int = 32
     """Tokens of the base's completions along which the KL is measured."""
     text: str | None = None
-    """Text file for the perplexity; default: the base's completions of the negatives."""
+    """Text file for the perplexity, long paragraphs in windows of 1024 tokens; default: the base's replies."""
     batch_size: int = 64
     """Completions generated at once; by a search three times as many."""
     samples: int = 8
