@@ -114,7 +114,7 @@ def run(
     writers, lines = wanted_writers(policy, settings)
     preflight(policy, sets, writers, settings)
     extracted = extraction.extract(policy, sets, settings, paired=contrast.paired, say=say)
-    lines = [*told_sets(sets), *lines, *told_prefix(extracted)]
+    lines = [*contrast.notes, *told_sets(sets), *lines, *told_prefix(extracted)]
     if settings.dry_run:
         return dry_run(extracted, writers, lines, settings, show)
     decide = planning.searched if settings.search else planning.decided

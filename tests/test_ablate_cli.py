@@ -105,6 +105,20 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(sets: Path, tmp_path: Path
     assert list(tmp_path.iterdir()) == []
 
 
+def test_repeated_prompts_never_stand_on_both_sides_of_the_split(sets: Path, tmp_path: Path, capsys: Any):
+    prompts = [(sets / f"{side}.txt").read_text().splitlines()[:8] for side in ("positive", "negative")]
+    (tmp_path / "a.txt").write_text("\n".join(prompts[0] * 3))
+    (tmp_path / "b.txt").write_text("\n".join(prompts[1]))
+    argv = ["--positive", str(tmp_path / "a.txt"), "--negative", str(tmp_path / "b.txt"), "--dry-run", "--json"]
+    assert run(*argv) == 0
+    plan = json.loads(capsys.readouterr().out)["plan"]
+    assert plan[0] == "16 of 24 positive prompts were repeats, and are left out"
+    assert "6 and 6 for the direction" in plan[1] and "2 and 2 held out" in plan[1]  # a quarter of 8
+    (tmp_path / "a.txt").write_text("\n".join(prompts[0][:2] * 9))
+    assert run(*argv) == 2
+    assert "2 prompts are too few (16 of 18 positive prompts were repeats" in capsys.readouterr().err
+
+
 def test_as_a_call_the_policy_is_ablated_in_place_and_can_go_back(sets: Path, monkeypatch: pytest.MonkeyPatch):
     policy = Policy.load("tiny-chat")
     tokens = mx.array([[5, 6, 7, 300, 301]])
