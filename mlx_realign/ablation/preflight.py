@@ -15,9 +15,8 @@ from .settings import Settings, journal_of, markers_of
 
 def preflight(policy: Policy, sets: Sets, writers: list[Writer], settings: Settings) -> None:
     """UserError for what --fuse cannot store, a --text that cannot be read, a search that cannot begin or pick."""
-    edited = [writer for writer in writers if getattr(settings, f"{writer.kind}_weight")]
-    if settings.fuse and edited:
-        _refuse_unstorable(policy, edited, settings)
+    if settings.fuse:
+        _refuse_unstorable(policy, writers, settings)
     if settings.text:
         measure.texts_of(policy, settings.text)
     if settings.search:
