@@ -50,7 +50,9 @@ def test_fusing_quantised_weights(ablate: Callable[..., Any], model_folder: Call
     folder = str(tmp_path / "q4")
     mlx_lm.convert(str(model_folder("llama")), mlx_path=folder, quantize=True, q_bits=4, q_group_size=32)
     options: dict[str, Any] = {"fuse": True, "search": True, "journal": "j"}
-    with pytest.raises(UserError, match=r"would move them by \d+% of what the edit does and leave \d+\.\d% of the"):
+    with pytest.raises(
+        UserError, match=r"would move them by \d+% of what the edit does and leave \d+\.\d% of .*random direction"
+    ):
         ablate(Policy.load(folder), **options)
     with pytest.raises(Begun):
         ablate(Policy.load(folder), **options, dequantize=True)

@@ -30,9 +30,12 @@ def _refuse_unstorable(policy: Policy, writers: list[Writer], settings: Settings
     trusted = settings.trust_remote_code
     if policy.config.get("quantization") and not (settings.force or settings.dequantize):
         width = outputs(module_at(policy.model, writers[0].path))
-        anywhere = np.random.default_rng(settings.seed).standard_normal(width)  # the loss is much the same along any
+        anywhere = np.random.default_rng(settings.seed).standard_normal(width)
         edits = edit.plan(writers, anywhere)
-        variants.save_fused(policy.folder, None, edits, settings.variant, trust_remote_code=trusted)  # raises
+        try:
+            variants.save_fused(policy.folder, None, edits, settings.variant, trust_remote_code=trusted)
+        except UserError as error:  # the direction's own loss is known only when it is extracted, and may be less
+            raise UserError(f"{error} (Measured along a random direction.)") from None
     if settings.variant == "affine":
         if any("scales" in module_at(policy.model, writer.path) for writer in writers):
             raise UserError(
