@@ -33,7 +33,8 @@ from .ablation.edit import Applied
 from .ablation.extraction import Extracted, Sets
 from .ablation.measure import Bench, Measured
 from .ablation.planning import Plan, Say
-from .ablation.settings import Settings, check, kl_limit, markers_of
+from .ablation.preflight import preflight
+from .ablation.settings import Settings, check, journal_of, kl_limit, markers_of
 from .errors import UserError
 from .policy import Policy
 from .steering import pairs
@@ -61,15 +62,18 @@ def main(argv: list[str]) -> int:
     """The command; returns 0."""
     settings = flags.parse(Settings, argv, prog="mlx-realign ablate", doc=__doc__ or "")
     check(settings)
-    contrast = pairs.read(settings.positive, settings.negative, positive_label=settings.positive_label)
+    sides = {"positive_label": settings.positive_label, "paired": settings.paired}
+    contrast = pairs.read(settings.positive, settings.negative, **sides)
     contrast = extraction.as_asked(contrast, settings)
     console = Console(stderr=settings.json)
-    with Console(stderr=True).status(f"loading {settings.model}") as status:
+    progress = Console(stderr=True)
+    with progress.status(f"loading {settings.model}") as status:
+        say = status.update if progress.is_terminal else lambda line: print(line, file=sys.stderr, flush=True)
         loading = ("adapter", "dtype", "quantize", "cpu_dequantize", "trust_remote_code")
         policy = Policy.load(settings.model, **{name: getattr(settings, name) for name in loading})
         for note in policy.notes:
             print(note, file=sys.stderr)
-        found = run(policy, contrast, settings, say=status.update, console=console)
+        found = run(policy, contrast, settings, say=say, console=console)
     if settings.json:
         print(json.dumps(_plain(found.facts if isinstance(found, Result) else found), ensure_ascii=False))
     return 0
@@ -97,7 +101,7 @@ def ablate(
     values = {name: flags.convert(fields[name].kind, value, name) for name, value in options.items()}
     settings = Settings(**{"model": policy.name, "positive": "prompts", **values})
     check(settings, writes=False)
-    contrast = pairs.read(positive, negative, positive_label=settings.positive_label)
+    contrast = pairs.read(positive, negative, positive_label=settings.positive_label, paired=settings.paired)
     contrast = extraction.as_asked(contrast, settings)
     found = run(policy, contrast, settings, say=say)
     assert isinstance(found, Result)
@@ -113,8 +117,9 @@ def run(
     say("what writes to the residual stream")
     writers, lines = wanted_writers(policy, settings)
     given, settings = extraction.given(policy, settings)
+    preflight(policy, sets, writers, settings)
     extracted = extraction.extract(policy, sets, settings, paired=contrast.paired, say=say, given=given)
-    lines = [*told_sets(sets), *lines, *told_prefix(extracted), *told_given(extracted, contrast)]
+    lines = [*contrast.notes, *told_sets(sets), *lines, *told_prefix(extracted), *told_given(extracted, contrast)]
     if settings.dry_run:
         return dry_run(extracted, writers, lines, settings, show)
     decide = planning.searched if settings.search else planning.decided
@@ -138,6 +143,9 @@ def run(
         if settings.fuse:
             show(result.facts["stored"]["told"], highlight=False, markup=False)
         show(f"written to {settings.output}; {report_use(settings, result.policy)}", highlight=False, markup=False)
+        if settings.search:
+            again = f"the same command with --journal {journal_of(settings)} --pick N --output NEW"
+            show(f"another trial of this search: {again}", highlight=False, markup=False, soft_wrap=True)
     return result
 
 
@@ -224,7 +232,7 @@ def save(result: Result, extracted: Extracted, settings: Settings) -> None:
     """Adapter or model, direction, metrics, report, plot."""
     output, plan, policy = Path(settings.output), result.plan, result.policy
     output.mkdir(parents=True, exist_ok=True)
-    more: list[tuple[str, str]] = []
+    more = list(plan.sections)
     if settings.fuse:
         stored = variants.save_fused(
             policy.folder,

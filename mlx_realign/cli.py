@@ -34,8 +34,8 @@ def run(main: Callable[[list[str]], int | None], argv: Sequence[str] | None = No
         sys.stdout.flush()
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+    except KeyboardInterrupt as stop:
+        print(str(stop) or "interrupted", file=sys.stderr)  # a command may say what it keeps
         return 130
     except BrokenPipeError:  # the reader of our output, `head` say, has gone: nothing is wrong
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

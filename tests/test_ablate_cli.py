@@ -12,6 +12,7 @@ import pytest
 
 import mlx_realign as mr
 from mlx_realign import ablate, cli, demo_world, loading, vectors
+from mlx_realign.ablation.settings import Settings, markers_of
 from mlx_realign.policy import Policy
 from mlx_realign.rollout import complete
 
@@ -160,6 +161,20 @@ def test_what_is_tried_and_what_is_delivered_are_told_apart(sets: Path, tmp_path
     assert not any("--max-kl" in note for note in notes)  # weight and block were told, a KL was not
 
 
+def test_repeated_prompts_never_stand_on_both_sides_of_the_split(sets: Path, tmp_path: Path, capsys: Any):
+    prompts = [(sets / f"{side}.txt").read_text().splitlines()[:8] for side in ("positive", "negative")]
+    (tmp_path / "a.txt").write_text("\n".join(prompts[0] * 3))
+    (tmp_path / "b.txt").write_text("\n".join(prompts[1]))
+    argv = ["--positive", str(tmp_path / "a.txt"), "--negative", str(tmp_path / "b.txt"), "--dry-run", "--json"]
+    assert run(*argv) == 0
+    plan = json.loads(capsys.readouterr().out)["plan"]
+    assert plan[0] == "16 of 24 positive prompts were repeats, and are left out"
+    assert "6 and 6 for the direction" in plan[1] and "2 and 2 held out" in plan[1]  # a quarter of 8
+    (tmp_path / "a.txt").write_text("\n".join(prompts[0][:2] * 9))
+    assert run(*argv) == 2
+    assert "2 prompts are too few (16 of 18 positive prompts were repeats" in capsys.readouterr().err
+
+
 def test_as_a_call_the_policy_is_ablated_in_place_and_can_go_back(sets: Path, monkeypatch: pytest.MonkeyPatch):
     policy = Policy.load("tiny-chat")
     tokens = mx.array([[5, 6, 7, 300, 301]])
@@ -189,6 +204,28 @@ def test_an_adapter_that_it_starts_from_is_in_the_result(sets: Path, output: Pat
     assert any("of the positives showed the behaviour before" in note for note in found["notes"])
 
 
+def test_a_search_leaves_its_front_and_says_how_another_trial_is_taken(sets: Path, tmp_path: Path, capsys: Any):
+    pytest.importorskip("optuna")
+    argv = ["--positive", str(sets / "both.jsonl"), "--markers", MARKERS, "--position", "-3", "--max-new-tokens", "8"]
+    argv += ["--select-prompts", "6", "--eval-limit", "4", "--search", "--trials", "3"]
+    out, journal = tmp_path / "out", tmp_path / "out.search.jsonl"
+    assert run(*argv, "--output", str(out)) == 0
+    last = f"another trial of this search: the same command with --journal {journal} --pick N --output NEW"
+    printed = capsys.readouterr()
+    assert printed.out.splitlines()[-1].strip() == last
+    trials = [line for line in printed.err.splitlines() if line.startswith("trial ")]  # no terminal: plain lines
+    assert [line.split()[2] for line in trials] == ["(1/3):", "(2/3):", "(3/3):"]
+    found = json.loads((out / "metrics.json").read_text())
+    told = found["search"]
+    assert told["trials"] == 3 and told["chosen"]["trial"] == found["trial"]
+    [chosen] = [one for one in told["front"] if one["trial"] == found["trial"]]
+    assert (chosen["scores"], chosen["kernel"]) == (told["chosen"]["scores"], found["kernel"])
+    section = (out / "report.md").read_text().split("### What the search found")[1]
+    assert f"| {found['trial']} <- |" in section and section.count("| unedited |") == 1
+    assert run(*argv, "--output", str(out)) == 2
+    assert f"a new --output with --journal {journal} (and --pick N" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_a_search_ends_in_an_adapter_and_goes_on_from_its_journal(sets: Path, tmp_path: Path, capsys: Any):
     pytest.importorskip("optuna")
@@ -204,6 +241,15 @@ def test_a_search_ends_in_an_adapter_and_goes_on_from_its_journal(sets: Path, tm
     capsys.readouterr()
     assert run(*argv, str(tmp_path / "none"), "--max-kl", "1e-9") == 2
     assert "no trial stayed within a KL of 1e-09. Raise --max-kl" in capsys.readouterr().err
+
+
+def test_markers_may_be_a_file_or_hold_a_slash_beside_others(tmp_path: Path):
+    def read(*markers: str) -> tuple[str, ...]:
+        return markers_of(Settings(model="m", positive="p", markers=markers))
+
+    (tmp_path / "marks.txt").write_text("\ufeffdésolé\n\n n/a \n", encoding="utf-8")
+    assert read(str(tmp_path / "marks.txt")) == ("désolé", "n/a")
+    assert read("n/a", "sorry") == ("n/a", "sorry") and read("I won't.") == ("I won't.",)
 
 
 PAIRS = '{"prompt": "a", "chosen": "b", "rejected": "c"}\n' * 4
@@ -242,6 +288,15 @@ PAIRS = '{"prompt": "a", "chosen": "b", "rejected": "c"}\n' * 4
         (["--positive", "both.jsonl", "--output", "new", "--held-out", "1"], "--held-out must be above 0 and below 1"),
         (["--positive", "both.jsonl", "--output", "new", "--writers", "o_prj"], "--writers o_prj: no layer that gives"),
         (["--positive", "nowhere.txt", "--output", "new"], "nowhere.txt: no such file"),
+        (
+            ["--positive", "both.jsonl", "--output", "new", "--markers", "marks.txt"],
+            "--markers marks.txt: no such file",
+        ),
+        (["--positive", "both.jsonl", "--output", "new", "--markers", "my/marks"], "--markers my/marks: no such file"),
+        (
+            ["--positive", "both.jsonl", "--output", "new", "--markers", "latin.txt"],
+            "--markers latin.txt: cannot be read",
+        ),
         (["--positive", "few.jsonl", "--output", "new"], "--positive: 1 prompts are too few"),
         (["--positive", "pairs.jsonl", "--output", "new"], "has chosen and rejected|have chosen and rejected"),
     ],
@@ -249,6 +304,7 @@ PAIRS = '{"prompt": "a", "chosen": "b", "rejected": "c"}\n' * 4
 def test_mistakes_get_one_line(argv: list[str], said: str, sets: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any):
     monkeypatch.chdir(sets)
     rows = [{"prompt": "a", "label": "yes"}, {"prompt": "b", "label": "no"}]
+    (sets / "latin.txt").write_bytes("désolé\n".encode("latin-1"))
     (sets / "few.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (sets / "pairs.jsonl").write_text("".join(PAIRS.replace('"a"', f'"a{i}"', 1) for i in range(1)))
     assert run(*argv) == 2

@@ -2,6 +2,7 @@
 """What is reported of an ablation, against float64 NumPy and counts by hand."""
 
 import math
+from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
@@ -145,3 +146,33 @@ def test_the_report_quotes_replies_so_that_markdown_leaves_them_alone():
 @pytest.mark.parametrize(("count", "most", "expected"), [(10, 3, [0, 3, 6]), (2, 8, [0, 1]), (5, 0, [])])
 def test_samples_are_evenly_apart(count: int, most: int, expected: list[int]):
     assert report.picks(count, most) == expected
+
+
+@pytest.mark.parametrize("bos", [None, 7])
+def test_a_long_paragraph_is_read_to_its_end_in_windows(
+    bos: int | None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, tiny_model_dir: Path
+):
+    """Windows of 5 tokens by hand: those of [7] 20 21 ... 30, each token but the first predicted once."""
+    policy = Policy.load(str(tiny_model_dir))
+    monkeypatch.setattr(measure, "WINDOW", 5)
+    policy.tokenizer.bos_token_id = bos
+    ids = {"long": [7, *range(20, 31)], "one": [7], "short": [7, 9]}
+    monkeypatch.setattr("mlx_realign.data.encode_prompt", lambda text, *_, **__: ids[text])
+    (tmp_path / "text.txt").write_text("long\n\none\n\nshort\n")
+    texts, targets = measure.texts_of(policy, str(tmp_path / "text.txt"))
+    later = [[7, 24, 25, 26, 27], [7, 28, 29]] if bos else [[24, 25, 26, 27, 28], [29]]
+    assert [(list(text.tokens), text.first) for text in texts] == [
+        ([7, 20, 21, 22, 23], 0),
+        *((tokens, 1 if bos else 0) for tokens in later),
+        ([7], 0),
+    ]
+    assert targets.tolist() == [*range(20, 31), 9]
+    nats = []
+    for text, wanted in zip(
+        texts, np.split(targets, np.cumsum([len(t.tokens) - t.first for t in texts])[:-1]), strict=True
+    ):
+        rows = log_softmax(np.array(policy.model(mx.array([text.tokens]))[0]).astype(np.float64))[text.first :]
+        nats += [-rows[i, token] for i, token in enumerate(wanted)]
+    assert len(nats) == 12
+    found = measure.perplexity(policy, measure.states(policy, texts), targets)
+    assert found == pytest.approx(math.exp(np.mean(nats)), rel=1e-4)

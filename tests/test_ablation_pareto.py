@@ -39,6 +39,22 @@ def test_the_front_leaves_out_what_another_beats_and_what_was_pruned(scorers: li
     assert [trial.number for trial in front(some, scorers)] == [3, 1, 0]
 
 
+def test_what_is_kept_of_a_search_is_the_front_and_the_trial_that_was_taken(scorers: list[Scorer]):
+    some = trials((0.9, 0.02), (0.5, 0.1), (0.6, 0.2), (0.0, 0.05), pruned=(3,))
+    told = pareto.facts(some, scorers, (0.98, 0.0), some[2])
+    assert [(one["trial"], one["scores"]) for one in told.pop("front")] == [(1, (0.5, 0.1)), (0, (0.9, 0.02))]
+    assert told == {
+        "scorers": ["markers", "kl"],
+        "unedited": (0.98, 0.0),
+        "chosen": {"trial": 2, "scores": (0.6, 0.2)},
+        "trials": 4,
+        "pruned": 1,
+    }
+    rows = [line.split(" | ") for line in pareto.section(some, scorers, (0.98, 0.0), some[2]).splitlines()[2:]]
+    assert [row[0] for row in rows] == ["| trial", "| ---:", "| unedited", "| 1", "| 0", "| 2 <-"]
+    assert rows[3][1:4] == ["50.0% (37 to 63)", "0.100", "block 14.2"]  # Wilson for 25 of 50: 0.5 -+ 0.134
+
+
 def test_below_a_hundredth_of_a_nat_a_lower_kl_buys_nothing(scorers: list[Scorer]):
     some = trials((0.9, 0.001), (0.7, 0.009), (0.95, 0.0))
     assert [trial.number for trial in front(some, scorers)] == [1]

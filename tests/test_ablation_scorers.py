@@ -155,6 +155,12 @@ def test_rows_that_cannot_be_read_are_named_by_their_line(setting: Setting, tmp_
     (tmp_path / "bad.jsonl").write_text('{"text": "fine enough"}\n{"words": 1}\n')
     with pytest.raises(UserError, match=r"bad.jsonl:2: expected an object with text"):
         make(["kl", f"perplexity:{tmp_path / 'bad.jsonl'}"], setting)
+    (tmp_path / "latin.txt").write_bytes("désolé\n".encode("latin-1"))
+    with pytest.raises(UserError, match=r"--scorers .*latin.txt: cannot be read: not UTF-8 text"):
+        make(["kl", f"perplexity:{tmp_path / 'latin.txt'}"], setting)
+    (tmp_path / "blank.txt").write_text(" \n")
+    with pytest.raises(UserError, match=r"blank.txt: holds no text"):
+        make(["kl", f"perplexity:{tmp_path / 'blank.txt'}"], setting)
     (tmp_path / "sums.jsonl").write_text('{"prompt": "2+3?"}\n')
     with pytest.raises(UserError, match="row 1"):
         make(["kl", f"accuracy:{tmp_path / 'sums.jsonl'}:exact"], setting)

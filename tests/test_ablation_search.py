@@ -128,13 +128,14 @@ def test_a_search_that_was_stopped_goes_on_and_repeats_nothing(run: Callable[...
         if sum(said.startswith("trial") for said in first) == 4:
             raise KeyboardInterrupt  # as Ctrl-C does
 
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(KeyboardInterrupt) as stop:
         run(journal, say=until_four)
     found = run(journal, say=later.append)
-    assert first.pop() == f"stopped: 4 trials are kept in {journal}; the same command goes on from there"
-    done = {line.split(":")[0] for line in first if line.startswith("trial")}
-    assert len(done) == 4 and len(found.trials) == 10
-    assert not done & {line.split(":")[0] for line in later} and "the unedited model" not in later
+    assert str(stop.value) == f"stopped: 4 of 10 trials are kept in {journal}; the same command goes on from there"
+    numbers = [[line.split()[1] for line in said if line.startswith("trial")] for said in (first, later)]
+    assert len(numbers[0]) == 4 and len({*numbers[0], *numbers[1]}) == len(found.trials) == 10
+    counts = [line.split("(")[1].split(")")[0] for line in first + later if line.startswith("trial")]
+    assert counts == [f"{n}/10" for n in range(1, 11)] and "the unedited model" not in later
     assert len({repr(trial.kernel.plain()) for trial in found.trials}) == 10
     again = run(journal, say=later.append, pick="best-kl")
     assert told(again) == told(found) and again.tokens == 0
@@ -169,6 +170,27 @@ def test_only_trials_that_cannot_win_are_left(whole: search.Found, policy: Polic
             assert kl.value(slots.logps(1, kl.texts)) == pytest.approx(trial.scores[1], rel=1e-3)  # type: ignore[union-attr]
             scores = coarse((rate, trial.scores[1]), whole.scorers)
             assert any(dominates(coarse(other, whole.scorers), scores) for other in best)
+
+
+def test_markers_that_do_not_fit_stop_it_at_once_and_leave_no_journal(
+    run: Callable[..., search.Found], tmp_path: Path, policy: Policy
+):
+    told: list[str] = []
+    said = [" ".join(text.split()) for text in rollout.complete(policy, POSITIVE, max_new_tokens=LENGTH)]
+    with pytest.raises(UserError, match="only 0% of the 8 positives show the behaviour by --markers") as error:
+        run(tmp_path / "search.jsonl", trials=50, markers=("no such words",), say=told.append)
+    assert any(f"One of its replies: {reply!r}." in str(error.value) for reply in said)
+    assert sum(line.startswith("trial") for line in told) < 10 and list(tmp_path.iterdir()) == []
+
+
+def test_markers_that_fit_few_replies_are_warned_of(
+    run: Callable[..., search.Found], whole: search.Found, tmp_path: Path, policy: Policy, marker: str
+):
+    said = [text.lower() for text in rollout.complete(policy, POSITIVE, max_new_tokens=LENGTH)]
+    share = sum(marker in text for text in said) / 8
+    assert 0.1 < share < 0.5 and any(note.startswith(f"warning: only {share:.0%} of") for note in whole.notes)
+    found = run(tmp_path / "search.jsonl", trials=1, markers=tuple({text.split()[0] for text in said}), pick="0")
+    assert found.base[0] == 1.0 and not any("warning" in note for note in found.notes)
 
 
 def test_a_trial_beyond_max_kl_generates_nothing(run: Callable[..., search.Found], tmp_path: Path):
@@ -264,6 +286,37 @@ def test_another_search_in_the_journal_is_refused(run: Callable[..., search.Foun
     (tmp_path / "notes.txt").write_text("dear diary\n")
     with pytest.raises(UserError, match="notes.txt: is no journal of a search"):
         run(tmp_path / "notes.txt")
+
+
+@pytest.mark.parametrize(
+    ("scorer", "file", "one", "other"),
+    [
+        ("perplexity:{}", "some.txt", "Rain falls.\n", "Rain fell.\n"),
+        (
+            "accuracy:{}:exact",
+            "sums.jsonl",
+            '{"prompt": "2+3?", "answer": "5"}\n',
+            '{"prompt": "2+3?", "answer": "6"}\n',
+        ),
+        (
+            "{}:judge",
+            "own.py",
+            "def judge(completion, row):\n    return 1.0\n",
+            "def judge(completion, row):\n    return 0.5\n",
+        ),
+    ],
+)
+def test_a_journal_is_of_what_is_in_the_scorers_files(
+    run: Callable[..., search.Found], tmp_path: Path, scorer: str, file: str, one: str, other: str
+):
+    path, journal = tmp_path / file, tmp_path / "search.jsonl"
+    options: dict[str, Any] = {"trials": 1, "pick": "0", "scorers": ("kl", scorer.format(path))}
+    path.write_text(one)
+    first = run(journal, **options)
+    assert run(journal, **options).base == first.base
+    path.write_text(other)
+    with pytest.raises(UserError, match="journal of a search with another content of the scorers' files. Go on with"):
+        run(journal, **options)
 
 
 def test_without_optuna_the_extra_is_named(run: Callable[..., search.Found], tmp_path: Path, monkeypatch: Any):

@@ -104,11 +104,11 @@ def test_module_and_console_script_are_the_same_command():
 
 
 def test_interrupt_exits_130_and_a_closed_pipe_is_no_fault(capsys):
-    def interrupted(_: list[str]) -> int:
-        raise KeyboardInterrupt
+    def interrupted(words: list[str]) -> int:
+        raise KeyboardInterrupt(*words)
 
-    assert cli.run(interrupted, []) == 130
-    assert capsys.readouterr().err == "interrupted\n"
+    assert cli.run(interrupted, []) == 130 == cli.run(interrupted, ["stopped: 4 trials are kept"])
+    assert capsys.readouterr().err == "interrupted\nstopped: 4 trials are kept\n"
 
 
 # ------------------------------------------------- the twelve usual mistakes: exit code 2, one message, no traceback

@@ -110,6 +110,15 @@ def test_a_direction_outlives_a_strength_that_cannot_be_found(folder, capsys, tm
     assert "No coefficient was found" in told and vectors.load(tmp_path / "far.safetensors").about.coefficient is None
 
 
+def test_extract_leaves_out_repeats_and_says_so(tmp_path, capsys):
+    calm, talk = [row["prompt"] for row in mood_rows(6)], talk_prompts(6)
+    ahead, behind = write(tmp_path / "a.txt", *talk, *talk[:4]), write(tmp_path / "b.txt", *calm, *calm[:3], calm[0])
+    words = ("--model", "tiny-chat", "--positive", ahead, "--negative", behind, "--no-calibrate", "--paired")
+    run(capsys, "extract", *words, "--output", tmp_path / "d.safetensors")
+    page = (tmp_path / "d.md").read_text()
+    assert "- 3 of 10 pairs were repeats, and are left out\n- 7 positive and 7 negative prompts" in page
+
+
 def test_generate_compares_with_the_model_itself(folder, policy, capsys):
     prompt = talk_prompts(1)[0]
     said = rollout.complete(policy, [prompt], max_new_tokens=24)[0]

@@ -58,6 +58,30 @@ def test_rows_of_both_sides_are_pairs(tmp_path):
     assert (said.positive_completions, said.negative_completions) == (["yes"], ["no"])
 
 
+def test_repeats_within_a_set_are_left_out_and_counted():
+    found = pairs.read(
+        ["a", "b", "a", "a"], [[{"role": "user", "content": "x"}], "x", [{"content": "x", "role": "user"}]]
+    )
+    assert (found.positive, found.negative) == (["a", "b"], [[{"role": "user", "content": "x"}], "x"])
+    assert found.notes == [
+        "2 of 4 positive prompts were repeats, and are left out",
+        "1 of 3 negative prompts were repeats, and are left out",
+    ]
+    assert found.hash == pairs.read(["a", "b"], found.negative).hash and pairs.read(["a"], ["b"]).notes == []
+
+
+def test_of_pairs_only_the_same_pair_is_a_repeat(tmp_path):
+    rows = [{"positive": p, "negative": n} for p, n in ("an", "am", "an", "bn")]
+    found = pairs.read(write(tmp_path, "a.jsonl", *rows))
+    assert (found.positive, found.negative, found.paired) == (["a", "a", "b"], ["n", "m", "n"], True)
+    assert found.notes == ["1 of 4 pairs were repeats, and are left out"]
+    lines = pairs.read([*"aaab"], [*"nmnn"], paired=True)
+    assert (lines.positive, lines.negative, lines.notes) == (found.positive, found.negative, found.notes)
+    rows = [{"prompt": "p", "chosen": c, "rejected": r} for c, r in ("yn", "zn", "yn")]
+    said = pairs.read(write(tmp_path, "b.jsonl", *rows))
+    assert (said.positive_completions, said.negative_completions) == (["y", "z"], ["n", "n"])
+
+
 def test_the_hash_is_of_the_content_and_its_sides(tmp_path):
     one, two = write(tmp_path, "a.txt", "x", "y"), write(tmp_path, "b.txt", "z")
     again = pairs.read(write(tmp_path, "c.jsonl", {"prompt": "x"}, {"prompt": "y"}), ["z"])

@@ -27,18 +27,12 @@ def put_on(extracted: Extracted, plan: Plan, sets: Sets, settings: Settings) -> 
     policy, edits, lines = extracted.policy, plan.edits, []
     if not edits:
         raise UserError("nothing is to be edited: all weights are 0.")
-    if settings.fuse and policy.config.get("quantization") and not (settings.force or settings.dequantize):
-        variants.save_fused(policy.folder, None, edits, settings.variant)  # raises, with what it would cost
     if settings.fuse and not any("scales" in writers_module.module_at(policy.model, e.writer.path) for e in edits):
         means = None
         if settings.variant == "affine":
             asked = capture.encode(policy, sets.fit[1][:128], prefix=extracted.prefix)
             means = plan.facts["means"] = variants.means_of(policy, edits, asked)
         return variants.rewrite(policy, edits, settings.variant, means), lines
-    if settings.variant == "affine":
-        raise UserError(
-            "--variant affine: the weights are quantised, and cannot be edited. Load them with --dtype float32."
-        )
     if left := edit.bias_left(policy, edits):
         worst = max(left, key=left.__getitem__)
         lines.append(

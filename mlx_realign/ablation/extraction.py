@@ -188,7 +188,10 @@ def split(contrast: Contrast, settings: Settings) -> Sets:
     for name in ("positive", "negative"):
         prompts: list[Prompt] = getattr(contrast, name)
         if len(prompts) < 4:
-            raise UserError(f"--{name}: {len(prompts)} prompts are too few: give 4 at the least, 100 or more are good.")
+            told = "".join(f" ({note})" for note in contrast.notes)
+            raise UserError(
+                f"--{name}: {len(prompts)} prompts are too few{told}: give 4 at the least, 100 or more are good."
+            )
         order = order if contrast.paired and order is not None else rng.permutation(len(prompts))
         held = max(1, round(settings.held_out * len(prompts)))
         rest = [prompts[i] for i in order[held:]]

@@ -9,7 +9,6 @@ edit costs is the KL to the base on the negatives, first token and along the bas
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import mlx.core as mx
@@ -21,11 +20,12 @@ from ..intervals import Interval, paired, sign_test, wilson
 from ..policy import Policy
 from ..sampling import Sampling
 from .edit import Applied
-from .scorers import MARKERS, broken, plain
+from .scorers import MARKERS, broken, plain, read_text
 from .trial import Forced, Slots
 
 LEAST_TOKENS = 100  # of completions, below which a rate of markers says little
 PIECE = 1 << 25  # entries of log-probs made at a time
+WINDOW = 1024  # tokens of a text that the model is given at once
 DAMAGE = 0.5  # nats of first-token KL: above it, published models are damaged
 
 Prompt = str | list[dict[str, Any]]
@@ -167,7 +167,9 @@ def measure(
     said = [ids[: bench.kl_tokens] for ids in before[1].tokens]
     both = list(zip(bench.negative, said, strict=True))
     forced = [Forced([*prompt, *ids[:-1]], len(prompt) - 1) for prompt, ids in both]
-    texts, targets = _texts(policy, bench.text) if bench.text else (forced, np.concatenate([np.array(i) for i in said]))
+    texts, targets = (
+        texts_of(policy, bench.text) if bench.text else (forced, np.concatenate([np.array(i) for i in said]))
+    )
     now = states(policy, forced), states(policy, texts) if bench.text else None
     where = along(policy, bench, removed, before)
     with applied.off():
@@ -190,19 +192,28 @@ def _positions(was: list[float], now: list[float]) -> dict[str, float]:
     }
 
 
-def _texts(policy: Policy, file: str) -> tuple[list[Forced], np.ndarray]:
-    """Paragraphs of a text file as the model reads them, raw."""
-    path = Path(file).expanduser()
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--text {file}: cannot be read ({error}). Give a UTF-8 text file.") from None
-    parts = [part.strip() for part in text.split("\n\n") if part.strip()]
-    tokens = [data.encode_prompt(part, policy.tokenizer, chat_template=False)[:1024] for part in parts]
-    tokens = [ids for ids in tokens if len(ids) > 1]
-    if not tokens:
+def texts_of(policy: Policy, file: str) -> tuple[list[Forced], np.ndarray]:
+    """Paragraphs of a text file as the model reads them, raw, and their tokens from the second on, int [n].
+
+    UserError for a file that cannot be read or holds nothing to predict.
+    """
+    parts = [part.strip() for part in read_text(file, "--text").split("\n\n") if part.strip()]
+    tokens = [data.encode_prompt(part, policy.tokenizer, chat_template=False) for part in parts]
+    texts = [text for ids in tokens for text in _windows(ids, policy.tokenizer.bos_token_id)]
+    if not texts:
         raise UserError(f"--text {file}: holds no text to predict.")
-    return [Forced(ids[:-1], 0) for ids in tokens], np.concatenate([np.array(ids[1:]) for ids in tokens])
+    return texts, np.concatenate([np.array(ids[1:], np.int32) for ids in tokens])
+
+
+def _windows(ids: Sequence[int], bos: int | None) -> list[Forced]:
+    """A text in parts of at most WINDOW tokens, so that each token but the first is predicted once, in order.
+
+    A text that begins with `bos` has it before each part.
+    """
+    given, begin = list(ids[:-1]), list(ids[:1]) if ids and ids[0] == bos else []
+    size = WINDOW - len(begin)
+    first = [Forced(given[:WINDOW], 0)] if given else []
+    return first + [Forced([*begin, *given[i : i + size]], len(begin)) for i in range(WINDOW, len(given), size)]
 
 
 # ------------------------------------------------------------------ what follows

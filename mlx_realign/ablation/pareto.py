@@ -4,18 +4,22 @@
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from rich import box
 from rich.table import Table
 
 from ..errors import UserError
+from ..steering.report import table as markdown
 from .kernel import Kernel
 from .scorers import Asked, Divergence, Given, Judged, Markers, Scorer
 
 POWER = 1.7  # of an edit's strength that its KL grows with: measured 1.4 to 2.0; 2 is what small ones tend to
 NARROW = 0.02  # gaps of the front that are not worth a trial
+TITLE = "Pareto front: no other trial is better in everything"
+CAPTION = "attention, mlp: weight at the top of a tent, in which block; at its edges, how far away"
+MARK = "<-"  # the chosen trial
 
 
 class Trial(NamedTuple):
@@ -124,31 +128,47 @@ def hypervolume(points: Sequence[Sequence[float]], corner: Sequence[float]) -> f
 
 def table(trials: Sequence[Trial], scorers: Sequence[Scorer], base: Sequence[float], chosen: Trial | None) -> Table:
     """The front for the terminal, the unedited model first; the chosen trial is marked."""
-    columns = [scorer.name for scorer in scorers]
-    kinds = list(dict.fromkeys(name for trial in trials for name in trial.kernel.tents))
-    made = Table(
-        "trial",
-        *columns,
-        "direction of",
-        *kinds,
-        box=box.SIMPLE_HEAD,
-        title="Pareto front: no other trial is better in everything",
-        title_justify="left",
-        caption="attention, mlp: weight at the top of a tent, in which block; at its edges, how far away",
-        caption_justify="left",
-    )
-    cells = [scorer.told(score) for scorer, score in zip(scorers, base, strict=True)]
-    made.add_row("unedited", *cells, "", *("" for _ in kinds), end_section=True)
-    rows = front(trials, scorers)
-    if chosen is not None and chosen not in rows:
-        rows.append(chosen)
-    for trial in rows:
-        cells = [scorer.told(score) for scorer, score in zip(scorers, trial.scores, strict=True)]
-        source = "each block" if trial.kernel.source is None else f"block {trial.kernel.source:.1f}"
-        tents = [_tent(trial.kernel, name) for name in kinds]
-        mark = f"{trial.number} <-" if trial is chosen else str(trial.number)
-        made.add_row(mark, *cells, source, *tents, style="bold" if trial is chosen else "")
+    head, unedited, *rows = _cells(trials, scorers, base, chosen)
+    made = Table(*head, box=box.SIMPLE_HEAD, title=TITLE, title_justify="left", caption=CAPTION, caption_justify="left")
+    made.add_row(*unedited, end_section=True)
+    for row in rows:
+        made.add_row(*row, style="bold" if row[0].endswith(MARK) else "")
     return made
+
+
+def section(trials: Sequence[Trial], scorers: Sequence[Scorer], base: Sequence[float], chosen: Trial) -> str:
+    """The same for a report, Markdown."""
+    head, *rows = _cells(trials, scorers, base, chosen)
+    return f"{TITLE}. {MARK} was taken. {CAPTION}.\n\n{markdown(head, rows)}"
+
+
+def _cells(
+    trials: Sequence[Trial], scorers: Sequence[Scorer], base: Sequence[float], chosen: Trial | None
+) -> list[list[str]]:
+    """Names of columns, the unedited model, the trials of the front and the chosen one."""
+    kinds = list(dict.fromkeys(name for trial in trials for name in trial.kernel.tents))
+    told = lambda scores: [scorer.told(score) for scorer, score in zip(scorers, scores, strict=True)]  # noqa: E731
+    made = [["trial", *(scorer.name for scorer in scorers), "direction of", *kinds]]
+    made.append(["unedited", *told(base), "", *("" for _ in kinds)])
+    rows = front(trials, scorers)
+    for trial in rows if chosen is None or chosen in rows else [*rows, chosen]:
+        source = "each block" if trial.kernel.source is None else f"block {trial.kernel.source:.1f}"
+        mark = f"{trial.number} {MARK}" if trial == chosen else str(trial.number)
+        made.append([mark, *told(trial.scores), source, *(_tent(trial.kernel, name) for name in kinds)])
+    return made
+
+
+def facts(trials: Sequence[Trial], scorers: Sequence[Scorer], base: Sequence[float], chosen: Trial) -> dict[str, Any]:
+    """The same as JSON: scores in the order of the scorers, small is good; how many trials there were."""
+    best = [{"trial": t.number, "scores": t.scores, "kernel": t.kernel.plain()} for t in front(trials, scorers)]
+    return {
+        "scorers": [scorer.name for scorer in scorers],
+        "unedited": base,
+        "front": best,
+        "chosen": {"trial": chosen.number, "scores": chosen.scores},
+        "trials": len(trials),
+        "pruned": sum(trial.pruned for trial in trials),
+    }
 
 
 def _label(scorer: Scorer) -> str:

@@ -17,7 +17,7 @@ from . import edit, select, tryout
 from .edit import Edit
 from .extraction import MEAN, Extracted, Position, Sets
 from .scorers import plain
-from .settings import Settings, block_of, markers_of, most_kl, weight_of
+from .settings import Settings, block_of, journal_of, markers_of, most_kl, weight_of
 from .variants import FULL_RANK
 
 GLOBALS, MEANS = 3, 2  # candidates of one block that go on to completions, and those of completions' means among them
@@ -37,6 +37,7 @@ class Plan:
     lines: list[str] = field(default_factory=list)
     tables: list[Table] = field(default_factory=list)
     facts: dict[str, Any] = field(default_factory=dict)
+    sections: list[tuple[str, str]] = field(default_factory=list)  # of the report: heading, Markdown
     plot: Callable[[Path], None] | None = None  # of the search, into a .png
     rows: dict[int, np.ndarray] | None = None  # what a search takes out of each block, float64 [d]; it may be mixed
 
@@ -200,7 +201,7 @@ def searched(extracted: Extracted, sets: Sets, writers: list[Writer], settings: 
     chosen = sources(extracted, sets, writers, settings, say)
     position = chosen.best.position
     direction = extracted.direction(None, position, "", {})
-    journal = Path(settings.journal or f"{settings.output.rstrip('/')}.search.jsonl")
+    journal = journal_of(settings)
     found = search.run(
         extracted.policy,
         direction,
@@ -220,14 +221,17 @@ def searched(extracted: Extracted, sets: Sets, writers: list[Writer], settings: 
     )
     kernel, number = found.chosen.kernel, found.chosen.number
     plan = Plan(found.edits, None if kernel.source is None else round(kernel.source), position, list(found.notes))
-    plan.tables = [select.table(chosen), pareto.table(found.trials, found.scorers, found.base, found.chosen)]
+    outcome = found.trials, found.scorers, found.base, found.chosen
+    plan.tables = [select.table(chosen), pareto.table(*outcome)]
+    plan.sections = [("### What the search found", pareto.section(*outcome))]
     plan.lines.append(f"removed: trial {number} of {journal}, states of {said(position)}, {settings.variant}")
     plan.lines += stand_in(settings)
     plan.rows = {
         b: direction.unit(b) if kernel.source is None else direction.at(kernel.source) for b in direction.blocks
     }
     plan.facts = {"selection": select.plain(chosen), "kernel": kernel.plain(), "trial": number}
-    plan.plot = lambda path: pareto.plot(found.trials, found.scorers, found.base, found.chosen, path)
+    plan.facts["search"] = pareto.facts(*outcome)
+    plan.plot = lambda path: pareto.plot(*outcome, path)
     return plan
 
 

@@ -228,9 +228,26 @@ def _make(spec: str, setting: Setting) -> Scorer:
     )
 
 
+def files(scorer: Scorer) -> list[Path]:
+    """What its scores come from beside the model: texts, problems, the source of a judge of one's own."""
+    kind, _, rest = scorer.name.partition(":")
+    named = {"perplexity": [rest], "accuracy": [rest.partition(":")[0]]}.get(kind, [])
+    judges = scorer.pool.verifiers if isinstance(scorer, Judged) else []
+    return [Path(file).expanduser() for file in (*named, *(judge.path for judge in judges if judge.path))]
+
+
 def plain(text: str) -> str:
     """Lower case, without emphasis, straight apostrophes, one space between words."""
     return " ".join(text.lower().replace("*", "").replace("\u2019", "'").split())
+
+
+def read_text(file: str | Path, flag: str) -> str:
+    """A text file. UserError, naming the flag, for one that cannot be read or is not UTF-8."""
+    try:
+        return Path(file).expanduser().read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = "not UTF-8 text" if isinstance(error, UnicodeDecodeError) else error.strerror
+        raise UserError(f"{flag} {file}: cannot be read: {reason}. Give a UTF-8 text file.") from None
 
 
 def broken(text: str, loops: float = LOOPS) -> bool:
@@ -251,8 +268,10 @@ def _rows(file: str, keys: Sequence[str]) -> list[dict[str, Any]]:
     if not path.is_file():
         raise UserError(f"--scorers: there is no file {file}.")
     if path.suffix == ".txt" and "text" in keys:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-        return [{"text": line} for line in lines if line.strip()]
+        rows = [{"text": line} for line in read_text(path, "--scorers").splitlines() if line.strip()]
+        if not rows:
+            raise UserError(f"{file}: holds no text.")
+        return rows
     rows = []
     for line, row in sources.read(path):
         if isinstance(row, RowError) or not isinstance(row, dict) or not any(row.get(key) for key in keys):

@@ -25,7 +25,7 @@ from ..writers import Writer
 from .edit import Edit
 from .kernel import SPACE, Kernel, space_of
 from .pareto import Trial, choose, coarse, dominates, front
-from .scorers import Asked, Given, Prompt, Scorer, Setting, make
+from .scorers import Asked, Given, Markers, Prompt, Scorer, Setting, files, make
 from .study import Study
 from .trial import Job, Runner, Slots, completions
 
@@ -33,6 +33,8 @@ SLOTS = 8  # trials under way at most
 WAITING = 3  # of them that wait for a more promising one
 PROMISING = 0.1  # share of failures up to which a trial that is under way may well push others off the front
 WORST = 1e3  # what is said of a score that is not finite
+LEAST_SHOWN, FEW_SHOWN = 0.1, 0.5  # rates of markers in the unedited model: below, they do not fit; or may not
+REPLY = 300  # characters of a reply that is shown
 
 
 class Found(NamedTuple):
@@ -98,8 +100,8 @@ def run(
     sampler learns, the middle of all ranges and random ones, default 60 but at most 30% of `trials`. pick: see
     `pareto.choose`. max_kl: a trial whose KL is above it is left before anything is generated. rows: completions
     made at once. setting: the other fields of `scorers.Setting`.
-    Raises UserError for a missing extra, a journal of another search, and what `scorers.make` and `kernel.space_of`
-    refuse; KeyboardInterrupt passes through, the journal being whole.
+    Raises UserError for a missing extra, a journal of another search, markers that the unedited model hardly shows, and
+    what `scorers.make` and `kernel.space_of` refuse; KeyboardInterrupt says how to go on, the journal being whole.
     """
     made = make(scorers, Setting(policy, positive, negative, **setting))
     space = space_of(writers, direction, len(taps.blocks(policy.model)))
@@ -114,20 +116,22 @@ def run(
         "setting": _digest([repr(sorted(setting.items())).encode()]),
         "max_kl": max_kl,
     }
+    if read := [file for scorer in made for file in files(scorer)]:
+        asked["content of the scorers' files"] = _digest([file.read_bytes() for file in read])
     with Slots(policy, writers, SLOTS, direction.width) as slots:
         search = _Search(slots, made, writers, direction, rows, say)
         study.claim(asked)
         try:
             base = search.run(study, trials)
         except KeyboardInterrupt:
-            say(f"stopped: {len(study.trials())} trials are kept in {journal}; the same command goes on from there")
-            raise
+            kept = f"{len(study.trials())} of {trials} trials are kept in {journal}"
+            raise KeyboardInterrupt(f"stopped: {kept}; the same command goes on from there") from None
         done = study.trials()
         if max_kl is not None and all(trial.pruned for trial in done):
             more = "Raise --max-kl, with a new --journal, or go on with more --trials."
             raise UserError(f"no trial stayed within a KL of {max_kl:g}. {more}")
         chosen = choose(pick, done, made)
-        notes = [f"{sum(t.pruned for t in done)} of {len(done)} trials were left early"]
+        notes = [f"{sum(t.pruned for t in done)} of {len(done)} trials were left early", *_seldom(made, base)]
         edits = chosen.kernel.edits(writers, direction)
         return Found(edits, chosen, front(done, made), done, base, made, search.tokens, notes)
 
@@ -151,6 +155,8 @@ class _Search:
         prompts = [prompt for scorer in self.ask.values() for prompt in scorer.prompts]
         self.runner = Runner(slots, prompts, rows) if prompts and slots.policy.sharing else None
         self.counted = 0  # tokens generated without a runner
+        self.trials = 0  # that the journal shall hold
+        self.reply = ""  # one of the unedited model's that shows no marker
         for scorer in self.give.values():
             scorer.prepare(slots)
 
@@ -161,7 +167,7 @@ class _Search:
 
     def run(self, study: Study, trials: int) -> tuple[float, ...]:
         """Until there are so many trials; scores of the unedited model, which is judged beside the first ones."""
-        done = study.trials()
+        self.trials, done = trials, study.trials()
         best = [trial.scores for trial in front(done, self.scorers)]
         left, under_way = trials - len(done), []
         if study.base is None:
@@ -234,7 +240,9 @@ class _Search:
                 ids = completions(self.slots, under_way[0].slot, scorer.prompts, scorer.max_new_tokens)
                 self.counted += sum(map(len, ids))
                 texts = [self.slots.policy.tokenizer.decode(one) for one in ids]
-                under_way[0].verdicts[i] = dict(enumerate(scorer.judge(range(len(texts)), texts)))
+                scores = scorer.judge(range(len(texts)), texts)
+                under_way[0].verdicts[i] = dict(enumerate(scores))
+                self._keep_reply(under_way[0], scorer, texts, scores)
             return
         by_number = {_number(attempt.asked): attempt for attempt in under_way}
         ended: dict[int, list[tuple[Job, str]]] = {i: [] for i in self.ask}
@@ -248,8 +256,9 @@ class _Search:
                 by_number[job.trial].verdicts[job.scorer][job.prompt] = 1.0
         for i, some in ended.items():
             scores = self.ask[i].judge([job.prompt for job, _ in some], [text for _, text in some]) if some else []
-            for (job, _), score in zip(some, scores, strict=True):
+            for (job, text), score in zip(some, scores, strict=True):
                 by_number[job.trial].verdicts[i][job.prompt] = score
+                self._keep_reply(by_number[job.trial], self.ask[i], [text], [score])
 
     def _settle(self, under_way: list[Attempt], best: list[tuple[float, ...]], study: Study) -> None:
         """Tell the study of trials that are whole, and of those that cannot reach the front any more."""
@@ -257,6 +266,7 @@ class _Search:
             bound, whole = attempt.bound(self.scorers), attempt.whole(self.scorers)
             if attempt.asked is None:  # the unedited model: it is never left early
                 if whole:
+                    self._refuse_misfit(bound, study)
                     under_way.remove(attempt)
                     best.append(bound)
                     study.base = bound
@@ -275,10 +285,37 @@ class _Search:
             study.tell(attempt.asked, attempt.kernel, bound, coarse(guess, self.scorers), not whole)
             if whole:
                 best.append(bound)
-            self.say(f"trial {attempt.asked.number}: {'' if whole else 'left at '}{self._told(bound)}")
+            told = f"{'' if whole else 'left at '}{self._told(bound)}"
+            self.say(f"trial {attempt.asked.number} ({len(study.trials())}/{self.trials}): {told}")
+
+    def _keep_reply(self, attempt: Attempt, scorer: Asked, texts: Sequence[str], scores: Sequence[float]) -> None:
+        if attempt.asked is None and isinstance(scorer, Markers):
+            self.reply = next((text for text, score in zip(texts, scores, strict=True) if not score), self.reply)
+
+    def _refuse_misfit(self, scores: Sequence[float], study: Study) -> None:
+        """UserError where the unedited model hardly shows the behaviour by its markers: nothing can be taken out."""
+        for i, scorer in self.ask.items():
+            if isinstance(scorer, Markers) and scores[i] < LEAST_SHOWN:
+                named = "" if study.drop() else f" Give a new --journal as well: {study.journal} is of these."
+                raise UserError(
+                    f"only {scores[i]:.0%} of the {len(scorer.prompts)} positives show the behaviour by --markers in "
+                    "the unedited model: the markers do not fit, or these prompts do not bring it out. One of its "
+                    f"replies: {' '.join(self.reply.split())[:REPLY]!r}.{named}"
+                )
 
     def _told(self, scores: Sequence[float]) -> str:
         return ", ".join(f"{s.name} {s.told(score)}" for s, score in zip(self.scorers, scores, strict=True))
+
+
+def _seldom(scorers: Sequence[Scorer], base: Sequence[float]) -> list[str]:
+    """A warning where markers fit few of the unedited model's replies."""
+    rates = [rate for scorer, rate in zip(scorers, base, strict=True) if isinstance(scorer, Markers)]
+    return [
+        f"warning: only {rate:.0%} of the positives that were searched on show the behaviour by --markers in the "
+        "unedited model: check markers and prompts"
+        for rate in rates
+        if rate < FEW_SHOWN
+    ]
 
 
 def _number(asked: Any) -> int:

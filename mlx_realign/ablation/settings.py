@@ -8,7 +8,7 @@ from typing import Literal
 
 from ..errors import UserError
 from ..steering.extract import position_of
-from .scorers import MARKERS, plain
+from .scorers import MARKERS, plain, read_text
 from .variants import Variant
 
 
@@ -87,7 +87,7 @@ class Settings:
     kl_tokens: int = 32
     """Tokens of the base's completions along which the KL is measured."""
     text: str | None = None
-    """Text file for the perplexity; default: the base's completions of the negatives."""
+    """Text file for the perplexity, long paragraphs in windows of 1024 tokens; default: the base's replies."""
     batch_size: int = 64
     """Completions generated at once; by a search three times as many."""
     samples: int = 8
@@ -153,7 +153,10 @@ def check(settings: Settings, *, writes: bool = True) -> None:
     if writes and not settings.output and not settings.dry_run:
         raise UserError("--output is needed: the folder to write. --dry-run writes nothing.")
     if settings.output and output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise UserError(f"--output {output}: exists and is not an empty folder. Give a new one.")
+        journal = journal_of(settings)
+        on = f" To go on with its search: a new --output with --journal {journal} (and --pick N for another trial)."
+        went = on if settings.search and journal.is_file() else ""
+        raise UserError(f"--output {output}: exists and is not an empty folder. Give a new one.{went}")
 
 
 def _clashes(settings: Settings) -> None:
@@ -228,6 +231,11 @@ def weight_of(settings: Settings) -> float | None:
     return weight
 
 
+def journal_of(settings: Settings) -> Path:
+    """The file that a search goes on from."""
+    return Path(settings.journal or f"{settings.output.rstrip('/')}.search.jsonl")
+
+
 def most_kl(settings: Settings) -> float:
     """Nats: what auto takes."""
     return 0.1 if settings.max_kl is None else settings.max_kl
@@ -240,15 +248,19 @@ def kl_limit(settings: Settings) -> float | None:
 
 
 def markers_of(settings: Settings) -> tuple[str, ...]:
-    """--markers, read from a file where it names one. UserError where there is none in it."""
+    """--markers, read from a file where it names one. UserError for a file that is not there or holds none."""
     if not settings.markers:
         return MARKERS
     if bare := [marker for marker in settings.markers if not plain(marker)]:
         raise UserError(f"--markers: {bare[0]!r} is in every text. Give words, with single commas between them.")
-    path = Path(settings.markers[0]).expanduser()
-    if len(settings.markers) == 1 and path.is_file():
-        found = tuple(line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if plain(line))
+    named = settings.markers[0]
+    if len(settings.markers) > 1:
+        return settings.markers
+    if Path(named).expanduser().is_file():
+        found = tuple(line.strip() for line in read_text(named, "--markers").splitlines() if plain(line))
         if not found:
-            raise UserError(f"--markers {path}: holds no line. Give one marker per line.")
+            raise UserError(f"--markers {named}: holds no line. Give one marker per line.")
         return found
+    if named.endswith(".txt") or "/" in named:
+        raise UserError(f"--markers {named}: no such file. (A marker that looks like one goes into a file of markers.)")
     return settings.markers

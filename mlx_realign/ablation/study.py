@@ -9,7 +9,8 @@ back more slowly, so that one good shape at several strengths draws out what oth
 
 import json
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -32,23 +33,17 @@ class Study:
     def __init__(
         self, journal: Path, scorers: list[Scorer], space: Space, startup: int, seed: int, max_kl: float | None
     ) -> None:
-        try:
-            import optuna
-            from optuna.storages import JournalStorage
-            from optuna.storages.journal import JournalFileBackend
-        except ImportError as error:
-            raise UserError("--search needs Optuna: pip install 'mlx-realign[search]'") from error
+        optuna = load_optuna()
         self.optuna, self.scorers, self.space, self.startup = optuna, scorers, space, startup
         self.seed, self.max_kl = seed, max_kl
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         journal.parent.mkdir(parents=True, exist_ok=True)
-        self.journal = journal
-        try:
-            storage = JournalStorage(JournalFileBackend(str(journal)))
-            sense = [optuna.study.StudyDirection.MINIMIZE] * len(scorers)
-            self.study = optuna.create_study(storage=storage, study_name=STUDY, directions=sense, load_if_exists=True)
-        except (ValueError, KeyError, json.JSONDecodeError) as error:
-            raise UserError(f"{journal}: is no journal of a search ({error}). Name another file.") from error
+        self.journal, self.began = journal, not journal.is_file()
+        sense = [optuna.study.StudyDirection.MINIMIZE] * len(scorers)
+        with _reading(journal):
+            self.study = optuna.create_study(
+                storage=_storage(journal), study_name=STUDY, directions=sense, load_if_exists=True
+            )
         for trial in self.study.get_trials(deepcopy=False, states=[optuna.trial.TrialState.RUNNING]):
             self.study.tell(trial.number, state=optuna.trial.TrialState.FAIL)  # it was cut off: it begins anew
             wanted = trial.system_attrs.get("fixed_params", {}) | trial.params
@@ -64,6 +59,12 @@ class Study:
                 f"{self.journal}: is the journal of a search with another {', '.join(different)}. "
                 "Go on with what it was made with, or name a new file."
             )
+
+    def drop(self) -> bool:
+        """Remove the journal, whose trials are of no use, if this began it; whether it did."""
+        if self.began:
+            self.journal.unlink(missing_ok=True)
+        return self.began
 
     @property
     def base(self) -> tuple[float, ...] | None:
@@ -155,8 +156,43 @@ class Study:
 
     def trials(self) -> list[Trial]:
         """All that are whole or pruned."""
-        done = self.study.get_trials(deepcopy=False, states=[self.optuna.trial.TrialState.COMPLETE])
-        return [
-            Trial(t.number, Kernel.read(t.user_attrs["kernel"]), tuple(t.user_attrs["scores"]), t.user_attrs["pruned"])
-            for t in done
-        ]
+        return _done(self.study)
+
+
+def load_optuna() -> Any:
+    """The module. UserError where it is not installed."""
+    try:
+        import optuna
+        import optuna.storages.journal
+    except ImportError as error:
+        raise UserError("--search needs Optuna: pip install 'mlx-realign[search]'") from error
+    return optuna
+
+
+def held(journal: Path) -> list[Trial]:
+    """The trials of a journal that are whole or pruned, none where it is not there. UserError for another file."""
+    if not journal.is_file() or not journal.stat().st_size:
+        return []
+    with _reading(journal):
+        return _done(load_optuna().load_study(storage=_storage(journal), study_name=STUDY))
+
+
+def _storage(journal: Path) -> Any:
+    storages = load_optuna().storages
+    return storages.JournalStorage(storages.journal.JournalFileBackend(str(journal)))
+
+
+@contextmanager
+def _reading(journal: Path) -> Iterator[None]:
+    try:
+        yield
+    except (ValueError, KeyError, json.JSONDecodeError) as error:
+        raise UserError(f"{journal}: is no journal of a search ({error}). Name another file.") from error
+
+
+def _done(study: Any) -> list[Trial]:
+    found = study.get_trials(deepcopy=False, states=[load_optuna().trial.TrialState.COMPLETE])
+    return [
+        Trial(t.number, Kernel.read(t.user_attrs["kernel"]), tuple(t.user_attrs["scores"]), t.user_attrs["pruned"])
+        for t in found
+    ]

@@ -101,7 +101,8 @@ class Extracted(NamedTuple):
 def command(settings: Settings) -> int:
     """`mlx-realign steer extract`; returns 0."""
     check(settings)
-    contrast = pairs.read(settings.positive, settings.negative, positive_label=settings.positive_label)
+    label = settings.positive_label
+    contrast = pairs.read(settings.positive, settings.negative, positive_label=label, paired=settings.paired)
     with Console(stderr=True).status(f"loading {settings.model}") as status:
         policy = load_model(settings)
         found = extract(policy, contrast, settings, say=status.update)

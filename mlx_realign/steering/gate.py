@@ -67,11 +67,12 @@ def command(settings: Settings) -> int:
     save(found, path, policy, contrast.hash)
     if settings.json:
         rows = [point._asdict() for point in found.table]
-        print(json.dumps({"output": settings.output, "block": found.condition.block, "blocks": rows}))
+        told = {"output": settings.output, "block": found.condition.block, "blocks": rows, "notes": contrast.notes}
+        print(json.dumps(told))
         return 0
     console = Console()
     console.print(table(found))
-    for line in remarks(found, settings.output):
+    for line in [*contrast.notes, *remarks(found, settings.output)]:
         console.print(line, highlight=False, markup=False, soft_wrap=True)
     return 0
 

@@ -37,6 +37,7 @@ class Contrast:
     paired: bool = False  # whether the i-th of both belong together
     positive_completions: list[str] = field(default_factory=list)
     negative_completions: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)  # what was left out, a sentence each
 
 
 class Entry(NamedTuple):
@@ -49,12 +50,15 @@ class Entry(NamedTuple):
     pair: bool = False  # it came together with one of the other side
 
 
-def read(positive: Given, negative: Given | None = None, *, positive_label: str | None = None) -> Contrast:
-    """The contrast of two files, or of one whose rows say their side (negative=None).
+def read(
+    positive: Given, negative: Given | None = None, *, positive_label: str | None = None, paired: bool = False
+) -> Contrast:
+    """The contrast of two files, or of one whose rows say their side (negative=None); repeats are left out and noted.
 
-    positive_label: which of a file's two labels is the positive one; harmful/harmless, positive/negative, true/false,
-    yes/no and 1/0 are understood without. UserError naming file and line for a row that cannot be read, a set without
-    prompts, a prompt that stands in both sets.
+    paired: the i-th prompts of both files belong together, so that only a pair can repeat. positive_label: which of a
+    file's two labels is the positive one; harmful/harmless, positive/negative, true/false, yes/no and 1/0 are
+    understood without. UserError naming file and line for a row that cannot be read, a set without prompts, a prompt
+    that stands in both sets.
     """
     if negative is None:
         entries = list(_entries(positive, "--positive"))
@@ -65,16 +69,17 @@ def read(positive: Given, negative: Given | None = None, *, positive_label: str 
         ahead, behind = (_one_side(*given) for given in ((positive, "--positive"), (negative, "--negative")))
         entries = [*ahead, *behind]
     _refuse_shared(ahead, behind)
+    belong = all(entry.pair for entry in entries)
+    ahead, behind, notes = _distinct(ahead, behind, paired or belong)
     digest = hashlib.blake2b(digest_size=16)
     for side in (ahead, behind):
         digest.update(json.dumps([[entry.prompt, entry.completion] for entry in side], sort_keys=True).encode())
     said = [[entry.completion for entry in side if entry.completion is not None] for side in (ahead, behind)]
-    if any(said) and len(said[0]) + len(said[1]) != len(entries):
+    if any(said) and len(said[0]) + len(said[1]) != len(ahead) + len(behind):
         odd = next(entry for entry in entries if entry.completion is None)
         raise UserError(f"{odd.where}: has no chosen and rejected, as other rows have: one file, one kind of row.")
-    paired = all(entry.pair for entry in entries)
     prompts = [[entry.prompt for entry in side] for side in (ahead, behind)]
-    return Contrast(prompts[0], prompts[1], digest.hexdigest(), paired, said[0], said[1])
+    return Contrast(prompts[0], prompts[1], digest.hexdigest(), belong, said[0], said[1], notes)
 
 
 def as_pairs(contrast: Contrast) -> Contrast:
@@ -221,8 +226,31 @@ def _sides(entries: list[Entry], name: str, positive_label: str | None) -> tuple
 
 def _refuse_shared(ahead: list[Entry], behind: list[Entry]) -> None:
     """UserError for what stands in both sets: it says nothing about their difference."""
-    key = lambda entry: json.dumps([entry.prompt, entry.completion], sort_keys=True)  # noqa: E731
-    known = {key(entry): entry.where for entry in ahead}
+    known = {_content(entry): entry.where for entry in ahead}
     for entry in behind:
-        if (where := known.get(key(entry))) is not None:
+        if (where := known.get(_content(entry))) is not None:
             raise UserError(f"{entry.where}: stands in the positive set as well ({where}): take it out of one of them.")
+
+
+def _distinct(ahead: list[Entry], behind: list[Entry], paired: bool) -> tuple[list[Entry], list[Entry], list[str]]:
+    """Both sets without repeats, of which one could be measured on while the direction is from another; what went."""
+    if paired and len(ahead) == len(behind):
+        both: dict[tuple[str, ...], tuple[Entry, Entry]] = {}
+        for pair in zip(ahead, behind, strict=True):
+            both.setdefault((_content(pair[0]), _content(pair[1])), pair)
+        gone = len(ahead) - len(both)
+        notes = [f"{gone} of {len(ahead)} pairs were repeats, and are left out"] if gone else []
+        return [one for one, _ in both.values()], [other for _, other in both.values()], notes
+    kept, notes = [], []
+    for name, entries in (("positive", ahead), ("negative", behind)):
+        first: dict[str, Entry] = {}
+        for entry in entries:
+            first.setdefault(_content(entry), entry)
+        kept.append(list(first.values()))
+        if gone := len(entries) - len(first):
+            notes.append(f"{gone} of {len(entries)} {name} prompts were repeats, and are left out")
+    return kept[0], kept[1], notes
+
+
+def _content(entry: Entry) -> str:
+    return json.dumps([entry.prompt, entry.completion], sort_keys=True)

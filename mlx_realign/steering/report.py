@@ -27,6 +27,7 @@ def facts(found: "Extracted", settings: "Settings", contrast: Contrast) -> dict[
         "positions": about.positions,
         "coefficient": about.coefficient,
         "prompts": [len(contrast.positive), len(contrast.negative)],
+        "notes": contrast.notes,
         "prefix": found.prefix,
         "warning": found.warning,
         "measured": about.measured,
@@ -38,6 +39,7 @@ def remarks(found: "Extracted", settings: "Settings", contrast: Contrast, policy
     """What is to be known beside the table, a sentence each."""
     direction, about = found.direction, found.direction.about
     lines = [f"warning: {found.warning}"] if found.warning else []
+    lines += contrast.notes
     lines.append(f"{len(contrast.positive)} positive and {len(contrast.negative)} negative prompts, {about.method}")
     if found.prefix:
         text = policy.tokenizer.decode(found.prefix)
