@@ -51,7 +51,7 @@ def test_fusing_quantised_weights(ablate: Callable[..., Any], model_folder: Call
     mlx_lm.convert(str(model_folder("llama")), mlx_path=folder, quantize=True, q_bits=4, q_group_size=32)
     options: dict[str, Any] = {"fuse": True, "search": True, "journal": "j"}
     with pytest.raises(
-        UserError, match=r"would move them by \d+% of what the edit does and leave \d+\.\d% of .*random direction"
+        UserError, match=r"would move them by \d+% of what the edit does and put \d+\.\d% of .*random direction"
     ):
         ablate(Policy.load(folder), **options)
     with pytest.raises(Begun):
