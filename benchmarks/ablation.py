@@ -49,7 +49,7 @@ FOLDER = Path(__file__).parent / "apologies"
 MARKERS = ("sorry", "apolog")
 SYSTEM = "You are a helpful assistant."  # Heretic puts it before every prompt
 TOKENS, FINEST = 100, 0.01
-TOGETHER = 4  # trials whose rows are decoded together where time per token is taken
+TOGETHER = 8  # trials whose rows are decoded together where time per token is taken: as many as a search has under way
 
 
 class Point(NamedTuple):
@@ -198,7 +198,7 @@ def per_token(setting: Setting, direction: Direction, found: list[Any], kernels:
     markers, kl = Markers(setting), Divergence(1, setting)
     with Slots(setting.policy, found, len(kernels), direction.width) as slots:
         kl.prepare(slots)
-        runner = Runner(slots, markers.prompts, rows=128)
+        runner = Runner(slots, markers.prompts, rows=192)  # as `ablate --search` has them
         start = time.perf_counter()
         for slot, kernel in enumerate(kernels, 1):
             slots.set(slot, kernel.edits(found, direction))
@@ -232,7 +232,7 @@ def run_ours(
         return sorted(Point(at, 0.0, kl, rate) for at, (rate, kl) in whole)
 
     def say(line: str) -> None:
-        name = line.partition(":")[0]
+        name = line.partition(":")[0].partition(" (")[0]
         done[name] = time.perf_counter() - start
         print(f"{done[name]:6.1f} s  {line}", file=sys.stderr, flush=True)
         if name.startswith("trial") and enough(points()):
