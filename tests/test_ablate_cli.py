@@ -131,7 +131,7 @@ def test_where_every_candidate_costs_too_much_that_is_what_is_said(sets: Path, t
 
 def test_a_direction_between_two_blocks_is_named_so_everywhere(sets: Path, tmp_path: Path, capsys: Any):
     argv = ["--positive", str(sets / "both.jsonl"), "--markers", MARKERS, "--max-new-tokens", "24", "--position", "-3"]
-    argv += ["--select-prompts", "4", "--eval-limit", "4", "--block"]
+    argv += ["--select-prompts", "4", "--eval-limit", "4", "--limit", "16", "--block"]
     for block in ("2", "3", "2.25"):
         more = ["--weight", "1"] if block != "2.25" else []
         assert run(*argv, block, *more, "--output", str(tmp_path / block)) == 0

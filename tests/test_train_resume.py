@@ -129,7 +129,7 @@ def test_kill_9_at_any_moment(tiny_model_dir, tmp_path, split):
 
 
 def test_ctrl_c_saves_and_exits_130_and_the_run_goes_on(tiny_model_dir, tmp_path, split):
-    words = ("--save-every", 1000, "--steps", 60)
+    words = ("--save-every", 1000, "--steps", 36)
     straight = launch(tmp_path / "straight" / "out", tiny_model_dir, split, *words)
     folder = tmp_path / "stopped" / "out"
     process = start_process(folder, tiny_model_dir, split, *words)
@@ -143,7 +143,7 @@ def test_ctrl_c_saves_and_exits_130_and_the_run_goes_on(tiny_model_dir, tmp_path
     assert "Traceback" not in err
     stopped = Run(130, folder)
     step = steps_of(stopped)
-    assert 0 < step < 60 and stopped.checkpoints == [step]
+    assert 0 < step < 36 and stopped.checkpoints == [step]
     assert f"interrupted after step {step}; go on with --resume" in err
     assert "stopping after this step" in err and "interrupted" not in out
     again = launch(folder, tiny_model_dir, split, *words, "--resume")
