@@ -11,6 +11,7 @@ import platform
 import sys
 import sysconfig
 import tempfile
+from functools import cache
 from pathlib import Path
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
@@ -38,7 +39,7 @@ def load_fast_blas() -> str | None:
 
 def missing() -> str | None:
     """One line on what is missing where matmuls run on the slow BLAS; None where they do not."""
-    return MISSING if platform.system() == "Linux" and _mapped() is None else None
+    return MISSING if platform.system() == "Linux" and _in_use() is None else None
 
 
 def keep_freed_memory(*, sparing: bool = False) -> None:
@@ -56,9 +57,15 @@ def keep_freed_memory(*, sparing: bool = False) -> None:
 
 def set_threads(count: int) -> None:
     """Number of threads of each matmul; no effect where OpenBLAS is not the one in use."""
-    path = _mapped()
+    path = _in_use()
     if path:
         ctypes.CDLL(path).openblas_set_num_threads(ctypes.c_int(count))
+
+
+@cache
+def _in_use() -> str | None:
+    """As `_mapped`, once loading is over: the maps are some thousand lines, and a library that is there stays."""
+    return _mapped()
 
 
 def _mapped() -> str | None:

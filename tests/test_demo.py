@@ -41,7 +41,11 @@ def test_a_quick_run_trains_by_command_and_reports_json(tmp_path: Path, capsys: 
 
 
 @pytest.mark.parametrize(
-    ("row", "made"), [("abliteration", "adapter/adapters.safetensors"), ("steering", demo.DIRECTION)]
+    ("row", "made"),
+    [
+        pytest.param("abliteration", "adapter/adapters.safetensors", marks=pytest.mark.slow),
+        ("steering", demo.DIRECTION),
+    ],
 )
 def test_rows_of_other_commands_leave_their_files_too(tmp_path: Path, capsys: pytest.CaptureFixture[str], row, made):
     assert cli.run(demo.main, ["--quick", "--json", "--methods", row, "--output", str(tmp_path)]) == 0
