@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from policy_tools import ALL, speaking
 
-from mlx_realign import adapter, data, rollout
+from mlx_realign import adapter, data, decoding, rollout
 from mlx_realign.batch import Completion, Example
 from mlx_realign.policy import Policy
 from mlx_realign.sampling import Sampling
@@ -91,6 +91,18 @@ def test_a_model_whose_attention_cannot_be_grouped_generates_the_same(any_policy
     for a, b in zip(sum(once, []), sum(again, []), strict=True):
         assert a.tokens.tolist() == b.tokens.tolist()
         assert a.logps == pytest.approx(b.logps, abs=1e-4)
+
+
+def test_attention_that_would_miss_keys_is_not_grouped(monkeypatch):
+    """Gemma 4's upper layers, taken for layers with keys of their own, would see the newest token alone."""
+    policy, asked = speaking(monkeypatch, "gemma4_text"), Sampling(max_new_tokens=8, temperature=0)
+    right = rollout.rollout(policy, TOKENS, asked)
+    assert policy.groups_rows
+    monkeypatch.setattr(decoding, "lends", lambda _: False)
+    policy.groups_rows = None
+    again = rollout.rollout(policy, TOKENS, asked)
+    assert not policy.groups_rows
+    assert [group[0].tokens.tolist() for group in again] == [group[0].tokens.tolist() for group in right]
 
 
 @pytest.mark.parametrize(("arch", "penalty"), [("llama", 1.3), ("gpt_oss", 1.0)])  # the latter: windows, sinks, experts
