@@ -32,7 +32,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import mlx_realign  # noqa: F401  # isort: skip  (loads a fast BLAS, which must come before mlx)
 import launch
 
 from mlx_realign import capture, directions, writers

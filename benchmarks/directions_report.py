@@ -21,7 +21,6 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
-import mlx_realign  # noqa: F401  # isort: skip  (loads a fast BLAS, which must come before mlx)
 import launch
 import make_contrast
 import numpy as np

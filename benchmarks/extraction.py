@@ -29,7 +29,6 @@ OURS = "mlx-realign"
 
 def extract(model: str, pairs: int, texts: Path) -> dict[str, Any]:
     """Two extractions of ours in this process, seconds of each; `texts` gets what repeng reads."""
-    import mlx_realign  # noqa: F401  # isort: skip  (loads a fast BLAS, which must come before mlx)
     import directions_parity
 
     from mlx_realign import capture, directions

@@ -224,12 +224,10 @@ def main() -> None:
     if unknown := [name for name in a.cases.split(",") if name not in CASES]:
         parser.error(f"no case {unknown[0]}; there are {', '.join(CASES)}")
     venvs = {key: path.absolute() for key in KEYS if (path := getattr(a, key.replace("-", "_")))}
-    results = {}
-    with tempfile.TemporaryDirectory() as folder:
-        prepared = peers.environments(venvs, Path(folder))
-        for case in a.cases.split(","):
-            results[case] = compare(case, a, venvs, prepared)
-            print(shown(case, results[case]), flush=True)
+    prepared, results = peers.environments(venvs), {}
+    for case in a.cases.split(","):
+        results[case] = compare(case, a, venvs, prepared)
+        print(shown(case, results[case]), flush=True)
     model = json.loads((a.data / "lengths.json").read_text())["model"]
     head = {"machine": launch.machine(), "versions": peers.versions(venvs), "model": model, "rounds": a.rounds}
     print(json.dumps({**head, "cases": results}))

@@ -84,6 +84,12 @@ def matmul_peak_gflops(python: Path) -> float:
     return float(run([python, "-c", PEAK])[0].split()[-1])
 
 
+def fast_blas(python: Path) -> str:
+    """The file of the BLAS that mlx-realign uses; empty where it is MLX's own."""
+    text, _, _ = run([python, "-c", "import mlx_realign.blas as blas; print('=' + blas.in_use().path)"])
+    return text.strip().splitlines()[-1][1:]
+
+
 def table(rows: Iterable[Sequence[str]]) -> str:
     """Columns aligned: the first to the left, the others to the right."""
     cells = [list(row) for row in rows]

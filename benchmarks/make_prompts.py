@@ -16,7 +16,6 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import mlx_realign  # noqa: F401  # isort: skip  (loads a fast BLAS, which must come before mlx)
 import make_pairs
 import mlx.core as mx
 from mlx_lm.utils import load_config, load_tokenizer

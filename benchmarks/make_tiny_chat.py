@@ -18,7 +18,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import mlx_realign  # noqa: F401  # isort: skip  (loads a fast BLAS, which must come before mlx)
 import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
@@ -31,6 +30,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from tiny_chat_text import Piece, documents
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
+import mlx_realign
 from mlx_realign import blas, kernels
 from mlx_realign import demo_world as world
 

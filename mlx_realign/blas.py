@@ -1,45 +1,124 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Loads a fast BLAS before MLX on Linux, where MLX's CPU wheel brings the reference one (2 GFLOP/s against 100).
+"""Gives MLX a fast BLAS and LAPACK on Linux, where its CPU wheel brings the reference ones (2 GFLOP/s against 100).
 
-Must run before `mlx.core` is imported: the first `cblas_sgemm` in the process's global scope wins.
-Sources, in order: the PyPI package `cmeel-openblas` (extra `cpu`), then the system's `libopenblas.so.0`.
+No file is copied, and nothing but MLX calls another library than before (`elf.bind`).
+
+A library that was built for another processor ends the process at its first instruction that is not there. So each
+candidate first proves itself in a child process (`prove`), once per library, processor and MLX; verdicts are kept on
+disk. Candidates, in order: $MLX_REALIGN_BLAS (a path), one that was preloaded, the PyPI package `scipy-openblas32`
+(extra `cpu`; it chooses its kernels at run time), the system's OpenBLAS. With none left MLX's own serves, slowly.
 """
 
 import ctypes
+import hashlib
+import json
 import os
 import platform
+import subprocess
 import sys
-import sysconfig
 import tempfile
-from functools import cache
+import time
+from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Any, NamedTuple
 
+from . import elf
+from .cache import cache_dir
+
+CHOICE, MLX = "MLX_REALIGN_BLAS", "mlx"  # a library to try first, or MLX's own
+CORETYPE = "OPENBLAS_CORETYPE"
+PLAINER = {"x86_64": ("Haswell", "Prescott"), "aarch64": ("ARMV8",)}  # where those for this very processor fail
+SYSTEM = ("libopenblas.so.0", "libopenblas.so")
+PROOF_S = 60.0  # a proof takes less than a second; a library that hangs takes this long, once
+STALE_S = 86_400.0  # a library that hung may have met a busy machine: it is tried again after a day
+ABSENT = "is not there"
+HANGS = "did not end"
+INSTALL = "Install one: pip install 'mlx-realign[cpu]', or the system's libopenblas"
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
-MISSING = (
-    "no fast BLAS found: float32 matmuls on this CPU run about 50 times slower. "
-    "Get one with: pip install 'mlx-realign[cpu]'"
-)
 
 
-def load_fast_blas() -> str | None:
-    """Put OpenBLAS in the process's global scope; returns its path, or None where there is none (or no need).
+class Candidate(NamedTuple):
+    """A library that may serve. path: of the file, or a name that the loader looks up; kernels: those it is to take."""
 
-    Only Linux needs it; a process that was started with OpenBLAS preloaded keeps that one.
-    """
-    if platform.system() != "Linux" or "mlx.core" in sys.modules or _mapped():
-        return _mapped()
-    packages = Path(sysconfig.get_path("purelib"))
-    for candidate in (packages / "cmeel.prefix/lib/libopenblas.so.0", Path("libopenblas.so.0")):
-        if len(candidate.parts) > 1 and not candidate.exists():
-            continue
-        if _open(str(candidate)) or (_provide_gfortran(packages) and _open(str(candidate))):
-            return str(candidate)
-    return None
+    name: str
+    path: str
+    kernels: str = ""
 
 
-def missing() -> str | None:
-    """One line on what is missing where matmuls run on the slow BLAS; None where they do not."""
-    return MISSING if platform.system() == "Linux" and _in_use() is None else None
+class InUse(NamedTuple):
+    """The library that MLX calls. library: None for MLX's own."""
+
+    name: str
+    path: str
+    library: ctypes.CDLL | None
+    prefix: str
+    rejected: tuple[str, ...]  # a clause for each candidate that failed its proof
+
+    @property
+    def wanting(self) -> bool:
+        """Whether it is MLX's own, unasked for, or others failed: worth a line wherever a model is loaded."""
+        return bool(self.rejected) or (self.library is None and os.environ.get(CHOICE) != MLX)
+
+    def line(self) -> str | None:
+        """One line: which BLAS runs and which do not, with what to do where it is MLX's own; None off Linux's CPUs."""
+        if not self.name:
+            return None
+        said = f"BLAS: {self.name}"
+        if self.library is None:
+            said += ", about 50 times slower than a fast one"
+        if self.rejected:
+            said += f" (not used: {'; '.join(self.rejected)})"
+        return f"{said}. {INSTALL}" if self.library is None and self.wanting else said
+
+
+_in_use = InUse("", "", None, "", ())  # before `load_fast_blas`, and where MLX calls no BLAS
+
+
+def load_fast_blas() -> InUse:
+    """Bind the first candidate that proves itself; once per process. Imports `mlx.core`."""
+    if not _in_use.name and elf.slots():
+        adopt(_first(candidates()))
+    return _in_use
+
+
+def adopt(found: InUse) -> None:
+    """Threads are set, and lines written, for this one."""
+    global _in_use
+    _in_use = found
+
+
+def in_use() -> InUse:
+    """What `load_fast_blas` found."""
+    return _in_use
+
+
+def candidates() -> Iterator[Candidate]:
+    """Libraries to try, the most wanted first."""
+    choice = os.environ.get(CHOICE)
+    if choice == MLX:
+        return
+    if choice:
+        yield Candidate(choice, choice)
+    if preloaded := elf.preloaded():
+        yield Candidate(f"{Path(preloaded).name}, preloaded,", preloaded)
+    package = find_spec("scipy_openblas32")
+    for folder in (package.submodule_search_locations or ()) if package else ():
+        for kernels in ("", *PLAINER[platform.machine()]):
+            yield Candidate("scipy-openblas32", str(Path(folder) / "lib/libscipy_openblas.so"), kernels)
+    yield from (Candidate(f"{name} of the system", name) for name in SYSTEM)
+
+
+def set_threads(count: int) -> None:
+    """Number of threads of each matmul; no effect where the library in use has no such function."""
+    if setter := _function("openblas_set_num_threads"):
+        setter(ctypes.c_int(count))
+
+
+def threads() -> int | None:
+    """What `set_threads` set; None where the library in use does not say."""
+    getter = _function("openblas_get_num_threads")
+    return getter() if getter else None
 
 
 def keep_freed_memory(*, sparing: bool = False) -> None:
@@ -55,52 +134,135 @@ def keep_freed_memory(*, sparing: bool = False) -> None:
             libc.mallopt(M_TRIM_THRESHOLD, 16 << 20 if sparing else 256 << 20)
 
 
-def set_threads(count: int) -> None:
-    """Number of threads of each matmul; no effect where OpenBLAS is not the one in use."""
-    path = _in_use()
-    if path:
-        ctypes.CDLL(path).openblas_set_num_threads(ctypes.c_int(count))
+# ---------------------------------------------------------------------------------------------------- the choice
 
 
-@cache
-def _in_use() -> str | None:
-    """As `_mapped`, once loading is over: the maps are some thousand lines, and a library that is there stays."""
-    return _mapped()
+def _first(every: Iterator[Candidate]) -> InUse:
+    rejected: list[str] = []
+    for candidate in every:
+        verdict = prove(candidate)
+        if fault := verdict.get("fault"):
+            if fault != ABSENT or candidate.path == os.environ.get(CHOICE):
+                with_kernels = f" with {candidate.kernels} kernels" if candidate.kernels else ""
+                rejected.append(f"{candidate.name}{with_kernels} {fault}")
+            continue
+        before = os.environ.get(CORETYPE)
+        os.environ |= _coretype(candidate)  # it reads this as it is loaded
+        try:
+            library, prefix = elf.bind(verdict["path"])
+        except OSError as error:
+            rejected.append(f"{candidate.name} {error}")
+            continue
+        finally:
+            if candidate.kernels:
+                os.environ.pop(CORETYPE) if before is None else os.environ.update({CORETYPE: before})
+        kernels = f", {verdict['kernels']}" if verdict["kernels"] else ""
+        return InUse(f"{candidate.name}{kernels}", verdict["path"], library, prefix, tuple(rejected))
+    return InUse("MLX's own", "", None, "", tuple(rejected))
 
 
-def _mapped() -> str | None:
-    if platform.system() != "Linux":
-        return None
-    for line in Path("/proc/self/maps").read_text().splitlines():
-        path = line.split(maxsplit=5)[-1]
-        if Path(path).name.startswith("libopenblas"):  # not numpy's own copy, whose names carry a prefix
-            return path
-    return None
+def _coretype(candidate: Candidate) -> dict[str, str]:
+    return {CORETYPE: candidate.kernels} if candidate.kernels else {}
 
 
-def _open(path: str) -> bool:
-    try:
-        ctypes.CDLL(path, mode=ctypes.RTLD_GLOBAL)
-    except OSError:
-        return False
-    return True
+def prove(candidate: Candidate, *, limit_s: float = PROOF_S) -> dict[str, Any]:
+    """The verdict on a candidate, from disk or by a child process that multiplies with it.
 
-
-def _provide_gfortran(packages: Path) -> bool:
-    """cmeel-openblas needs `libgfortran.so.5`, which a bare machine lacks but the MLX and NumPy wheels carry renamed.
-
-    A copy with the standard name written back over the longer one serves; it lives in the temporary folder.
+    {"path", "prefix", "kernels"} of a good one, {"fault": clause} of another; ABSENT where there is no such library.
     """
-    for wheel in ("mlx_cpu.libs", "numpy.libs"):
-        for source in sorted((packages / wheel).glob("libgfortran-*.so.5*")):
-            for quadmath in sorted((packages / wheel).glob("libquadmath-*.so*")):
-                _open(str(quadmath))
-            standard = b"libgfortran.so.5"
-            renamed = source.name.encode()
-            content = source.read_bytes().replace(renamed, standard + b"\0" * (len(renamed) - len(standard)))
-            with tempfile.TemporaryDirectory() as folder:  # once mapped, the file itself is not needed
-                target = os.path.join(folder, "libgfortran.so.5")
-                Path(target).write_bytes(content)
-                if _open(target):
-                    return True
-    return False
+    if "/" in candidate.path and not Path(candidate.path).is_file():
+        return {"fault": ABSENT}
+    file = _verdict_file(candidate)
+    if file and (known := _known(file)):
+        return known
+    verdict = _ask_child(candidate, limit_s)
+    if file and verdict.get("fault") != ABSENT:
+        _keep(file, verdict)
+    return verdict
+
+
+def _ask_child(candidate: Candidate, limit_s: float) -> dict[str, Any]:
+    if not sys.executable or getattr(sys, "frozen", False):
+        return {"fault": "cannot be tried out, since this program has no Python interpreter of its own to do it in"}
+    command = [sys.executable, "-P", "-m", f"{__package__}.blas_proof", candidate.path]
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path),
+        CHOICE: MLX,  # or the child would ask a child of its own
+    }
+    environment |= _coretype(candidate)
+    options: Any = {"capture_output": True, "text": True, "stdin": subprocess.DEVNULL, "env": environment}
+    try:
+        child = subprocess.run(command, timeout=limit_s, **options)
+    except subprocess.TimeoutExpired:
+        return {"fault": f"{HANGS} within {limit_s:g} s"}
+    except OSError as error:
+        return {"fault": f"could not be tried out: {error.strerror}"}
+    if child.returncode < 0:
+        return {"fault": f"ended its process with signal {-child.returncode}"}
+    try:
+        return json.loads(child.stdout.splitlines()[-1])
+    except (IndexError, ValueError):
+        tail = child.stderr.strip().splitlines()[-1:] or [f"code {child.returncode}"]
+        return {"fault": f"failed: {tail[0][:200]}"}
+
+
+def _verdict_file(candidate: Candidate) -> Path | None:
+    """Where the verdict lies: its name holds all that it depends on. None where results cannot be kept."""
+    with_stat = [*([candidate.path] if "/" in candidate.path else ["/etc/ld.so.cache"]), elf.mlx_library(), __file__]
+    variables = sorted((k, v) for k, v in os.environ.items() if k.startswith(("OPENBLAS_", "LD_")))
+    facts = [candidate.path, candidate.kernels, [stat_of(path) for path in with_stat], processor(), variables]
+    try:
+        folder = cache_dir() / "blas"
+        folder.mkdir(parents=True, exist_ok=True)
+    except (OSError, RuntimeError):  # RuntimeError: no home folder
+        return None
+    return folder / f"{hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:32]}.json"
+
+
+def stat_of(path: str) -> list[Any]:
+    """[real path, bytes, time of change in ns]: another file under the same name has others."""
+    try:
+        found = os.stat(path)
+    except OSError:
+        return [path]
+    return [os.path.realpath(path), found.st_size, found.st_mtime_ns]
+
+
+def processor() -> list[str]:
+    """What /proc/cpuinfo says of the first processor's kind and abilities."""
+    wanted = ("vendor_id", "cpu family", "model", "model name", "stepping", "flags", "features")
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            first = file.read(1 << 14).split("\n\n")[0].splitlines()
+    except OSError:
+        first = []
+    kept = [line for line in first if line.split(":")[0].strip().lower() in wanted or line.startswith("CPU ")]
+    return [platform.machine(), *kept]
+
+
+def _known(file: Path) -> dict[str, Any] | None:
+    """A verdict that was kept and still holds."""
+    try:
+        verdict = json.loads(file.read_text(encoding="utf-8"))
+        if fault := verdict.get("fault"):
+            stale = HANGS in fault and abs(time.time() - file.stat().st_mtime) > STALE_S
+            return None if stale else {"fault": str(fault)}
+        whole = verdict["stat"] == stat_of(verdict["path"]) and {"prefix", "kernels"} <= set(verdict)
+        return verdict if whole else None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+
+
+def _keep(file: Path, verdict: dict[str, Any]) -> None:
+    """Two processes may write the same verdict at once: each a file of its own, then a rename."""
+    try:
+        handle, draft = tempfile.mkstemp(dir=file.parent, suffix=".draft")
+        with os.fdopen(handle, "w", encoding="utf-8") as out:
+            json.dump(verdict, out)
+        os.replace(draft, file)
+    except OSError:
+        pass  # a full or read-only disk: the next process proves it again
+
+
+def _function(name: str) -> Any:
+    return getattr(_in_use.library, _in_use.prefix + name, None) if _in_use.library else None

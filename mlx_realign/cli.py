@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from importlib import metadata
 from pathlib import Path
 
+from . import blas
 from .errors import UserError
 from .flags import nearest
 
@@ -71,6 +72,8 @@ def _dispatch(words: list[str]) -> int | None:
         return 0
     if words[0] == "--version":
         print(", ".join(f"{name} {metadata.version(name)}" for name in ("mlx-realign", "mlx", "mlx-lm")))
+        if line := blas.in_use().line():
+            print(line)
         return 0
     if words[0] not in known:
         raise UserError(f"no command {words[0]!r}.{nearest(words[0], known)} There are: {', '.join(known)}.")

@@ -41,8 +41,8 @@ class Policy:
         self._starts_at_base: bool | None = None
         self.model.freeze()
         self.notes += install(self.model)
-        if loading.on_cpu() and (slow := blas.missing()):
-            self.notes.append(slow)
+        if loading.on_cpu() and blas.in_use().wanting and (line := blas.in_use().line()):
+            self.notes.append(line)
         self.refresh()
 
     @classmethod

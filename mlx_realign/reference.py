@@ -14,9 +14,9 @@ from hashlib import blake2b
 import mlx.core as mx
 import numpy as np
 
-from . import fingerprint
+from . import blas, fingerprint
 from .batch import Batch, Example
-from .data import cache_dir
+from .cache import cache_dir
 from .guard import Fault
 from .policy import Policy
 
@@ -40,6 +40,7 @@ class Reference:
             adapter = "" if plain else fingerprint.adapters(policy.model)
         facts = [VERSION, base, adapter, str(policy.dtype), policy.config, *(["tokens"] if tokens else [])]
         facts += [policy.temperature] if policy.temperature != 1 else []
+        facts += [str(mx.default_device().type), blas.in_use().name]  # a home folder may serve several machines
         self.owner = blake2b(json.dumps(facts, default=str, sort_keys=True).encode(), digest_size=16).hexdigest()
         self.memory: dict[str, np.ndarray] = {}  # what could not be stored
         self.store = self._open()

@@ -16,7 +16,7 @@ from typing import Any, TextIO
 
 import mlx.core as mx
 
-from . import adapter, checkpoint
+from . import adapter, blas, checkpoint
 from .config import TrainSettings
 from .errors import UserError
 from .optim import flat
@@ -105,7 +105,12 @@ class RunFolder:
             "facts": facts,
             "run": run,
             "versions": {name: metadata.version(name) for name in names},
-            "machine": {"platform": platform.platform(), "device": str(mx.default_device()), **mx.device_info()},
+            "machine": {
+                "platform": platform.platform(),
+                "device": str(mx.default_device()),
+                "blas": blas.in_use().line(),
+                **mx.device_info(),
+            },
         }
         try:
             self.root.mkdir(parents=True, exist_ok=True)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tiny random models, made in a blink and the same every time. Import mlx_realign first: it loads a fast BLAS."""
+"""Tiny random models, made in a blink and the same every time."""
 
 import json
 import os

@@ -87,7 +87,7 @@ def test_each_command_explains_itself(command):
 def test_version_names_what_numbers_depend_on(command):
     code, out, _ = command("--version")
     assert code == 0
-    assert [part.split()[0] for part in out.split(", ")] == ["mlx-realign", "mlx", "mlx-lm"]
+    assert [part.split()[0] for part in out.splitlines()[0].split(", ")] == ["mlx-realign", "mlx", "mlx-lm"]
 
 
 def test_an_unknown_command_gets_the_nearest(command):

@@ -2,7 +2,7 @@
 # pyright: reportMissingImports=false
 """Times mlx-lm 0.32.2's own `mlx_lm.lora --mask-prompt`.
 
-    pip install "mlx[cpu]==0.32.4" mlx-lm==0.32.2 cmeel-openblas
+    pip install "mlx[cpu]==0.32.4" mlx-lm==0.32.2
 
 SFT only. It adapts every linear layer. Its command line drops a caller's callback, so ours comes in as its reporter.
 """

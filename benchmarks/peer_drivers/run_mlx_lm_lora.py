@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # pyright: reportMissingImports=false
-"""Times mlx-lm-lora 5.10.2's own command line (`pip install "mlx[cpu]==0.32.4" mlx-lm-lora==5.10.2 cmeel-openblas`).
+"""Times mlx-lm-lora 5.10.2's own command line (`pip install "mlx[cpu]==0.32.4" mlx-lm-lora==5.10.2`).
 
 It adapts every linear layer. Its DPO always computes the reference in the step, with a second copy of the model. Fusing
 after the run is switched off. `mx.device_info` is given the one key it reads that a CPU does not have.

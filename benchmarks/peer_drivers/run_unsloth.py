@@ -2,7 +2,7 @@
 # pyright: reportMissingImports=false
 """Times unsloth_zoo's MLX trainers (unsloth_zoo 2026.10.9, used as an installed package, unchanged).
 
-    pip install "mlx[cpu]==0.32.4" mlx-lm==0.32.2 cmeel-openblas "transformers<=5.17.0" "datasets>=4.1.1,<4.4" \
+    pip install "mlx[cpu]==0.32.4" mlx-lm==0.32.2 "transformers<=5.17.0" "datasets>=4.1.1,<4.4" \
         psutil msgspec pillow && pip install --no-deps unsloth_zoo==2026.10.9
 
 Its defaults except for what `common.py` names; gradient checkpointing, on by default in two places, only with

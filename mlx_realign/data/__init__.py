@@ -6,13 +6,12 @@ from .encode import key_of
 from .formats import FORMATS
 from .pipeline import load
 from .source import has_split
-from .store import Dataset, cache_dir
+from .store import Dataset
 from .tokens import encode_prompt, stop_ids
 
 __all__ = [
     "FORMATS",
     "Dataset",
-    "cache_dir",
     "collate",
     "encode_prompt",
     "has_split",

@@ -6,9 +6,9 @@ import os
 from pathlib import Path
 from typing import Any
 
+from ..cache import cache_dir
 from ..errors import UserError
 from .source import SPLITS
-from .store import cache_dir
 
 
 def fetch(name: str, split: str) -> Path:

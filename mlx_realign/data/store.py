@@ -19,6 +19,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from ..batch import Completion, Example
+from ..cache import cache_dir
 from ..errors import UserError
 
 COLUMNS = {
@@ -35,11 +36,6 @@ COLUMNS = {
     "extra": np.uint8,  # JSON of Example.extras, empty where there are none
 }
 _STALE_S = 86_400  # a draft that nobody has added a file to for a day
-
-
-def cache_dir() -> Path:
-    """Where tokenised data and other reusable results live: $MLX_REALIGN_CACHE or ~/.cache/mlx_realign."""
-    return Path(os.environ.get("MLX_REALIGN_CACHE") or "~/.cache/mlx_realign").expanduser()
 
 
 class Dataset:
