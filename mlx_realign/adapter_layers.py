@@ -105,7 +105,7 @@ class DoRALinear(Adapter):
         dtype = mx.float32 if "scales" in self.linear else self.linear.weight.dtype
         cross = matmul_transposed(self.linear, a.T.astype(dtype)).astype(mx.float32)
         squared = self._base_norm_squared + ((2 * cross + (a.T @ a) @ b) * b).sum(axis=0)
-        return mx.sqrt(mx.maximum(squared, 1e-30))  # a row of zeros would divide by zero
+        return mx.stop_gradient(mx.sqrt(mx.maximum(squared, 1e-30)))  # a row of zeros would divide by zero
 
 
 class LoRAEmbedding(Adapter):
