@@ -51,7 +51,8 @@ class Policy:
         """Give the model's modules back mlx-lm's own functions; the policy goes on working, by those. Twice is once."""
         self.kernels.close()
         self.groups_rows = False  # it takes ours
-        self.compile() if self.compiled else None  # traces hold what they were made with
+        if self.compiled:
+            self.compile()  # traces hold what they were made with
 
     def __enter__(self) -> "Policy":
         return self

@@ -67,7 +67,7 @@ def test_the_kernels_change_which_functions_run_and_not_the_numbers(arch: str, m
     switch = kernels.install(model)
     calls.clear()
     for found, expected in zip(numbers(model), before, strict=True):
-        assert_near(found, expected, 1e-5)
+        assert_near(found, expected, 1e-4)
     assert "attention" in calls
     calls.clear()
     again = numbers(other)  # another user of the same architecture
@@ -197,12 +197,12 @@ def test_closing_under_taps_and_checkpoints(monkeypatch: pytest.MonkeyPatch):
     other = taps.put(expected, "model.layers.0.self_attn", taps.anywhere(lambda x, _: 2 * x))
     policy.close()
     calls.clear()
-    assert_near(policy.model(TOKENS), expected(TOKENS), 1e-6)
+    assert_near(policy.model(TOKENS), expected(TOKENS), 1e-5)
     assert not calls
     handle.remove()
     other.remove()
     forward.uncheckpoint_layers(policy.model)
-    assert_near(policy.model(TOKENS), expected(TOKENS), 1e-6)
+    assert_near(policy.model(TOKENS), expected(TOKENS), 1e-5)
     assert not calls
 
 
@@ -271,4 +271,4 @@ def test_a_wrong_attention_is_not_installed(kernel: Callable[..., mx.array], mon
     expected = make_model("llama")(TOKENS)
     (note,) = kernels.install(model).notes
     assert note.startswith("kernel scaled_dot_product_attention: differs from its reference by")
-    assert_near(model(TOKENS), expected, 1e-5)
+    assert_near(model(TOKENS), expected, 1e-4)
