@@ -1,35 +1,41 @@
 # SPDX-License-Identifier: Apache-2.0
 """Imported as `mlx_realign.kernels`. Each file: reference(), fused() with a gradient of its own, available().
 
-`install` puts the fused forms of functions that mlx-lm's models call in their place, after a check on this device.
+`install` lets the modules of one model call the fused forms of functions of mlx-lm, after a check on this device.
 """
 
-import sys
 from collections.abc import Callable
-from functools import cache, partial
+from functools import cache
 from typing import Any
 
 import mlx.core as mx
 
 from . import attention, swiglu
+from .switch import Switch
+
+__all__ = ["Switch", "install"]
 
 TOLERANCE = 1e-5  # relative to the largest entry, values and gradients, float32
 
 
-def install(model: Any) -> list[str]:
-    """Use the fused kernels in the modules this model is made of, where they prove right; says where they do not.
+def install(model: Any) -> Switch:
+    """Use the fused kernels in this model's own modules, where they prove right; the switch's notes say where not.
 
-    They are exchanged by name in mlx-lm's model modules, for the whole process: same results, less time.
+    mlx-lm itself, and other models in this process, stay as they are: same results, less time, for this model alone.
     """
-    notes = []
-    for name, make in (("swiglu", _swiglu), ("scaled_dot_product_attention", _attention)):
-        replacement, trouble = make()
+    from mlx_lm.models import activations, base
+
+    switch = Switch()
+    (gated, wrong), (attending, wrong_too) = _swiglu(), _attention()
+    for name, trouble in (("swiglu", wrong), ("scaled_dot_product_attention", wrong_too)):
         if trouble:
-            notes.append(f"kernel {name}: {trouble}; the reference is used")
-        for module in {sys.modules[type(m).__module__] for _, m in model.named_modules()} if replacement else ():
-            if module.__name__.startswith("mlx_lm.") and hasattr(module, name):
-                setattr(module, name, replacement)
-    return notes
+            switch.notes.append(f"kernel {name}: {trouble}; the reference is used")
+    stock = base.scaled_dot_product_attention
+    switch.put(stock, _attention_of(switch, stock, attending))
+    if gated:
+        switch.put(activations.swiglu, _swiglu_of(switch, activations.swiglu, gated))
+    switch.take(model)
+    return switch
 
 
 @cache
@@ -41,35 +47,47 @@ def _swiglu() -> tuple[Callable[..., mx.array] | None, str | None]:
 
 
 @cache
-def _attention() -> tuple[Callable[..., mx.array], str | None]:
-    """Rows that share a prompt bring their own attention, so mlx-lm's is exchanged on every device."""
+def _attention() -> tuple[Callable[..., mx.array] | None, str | None]:
+    """The mask is one of the arrays: models put half of their scores there."""
     if not attention.available():
-        return partial(_as_mlx_lm_calls_it, otherwise=None), None
-    shapes = ((2, 4, 5, 8), (2, 2, 7, 8), (2, 2, 7, 8))
-    options = {"scale": 0.3, "mask": mx.arange(2, 7)[:, None] >= mx.arange(7)}
-    bind = lambda f: lambda *arrays: f(*arrays, **options)  # noqa: E731
-    trouble = _differs(bind(attention.fused), bind(attention.reference), shapes)
-    return partial(_as_mlx_lm_calls_it, otherwise=None if trouble else attention.fused), trouble
+        return None, None
+    shapes = ((2, 4, 5, 8), (2, 2, 7, 8), (2, 2, 7, 8), (2, 4, 5, 7))
+    seen = mx.arange(2, 7)[:, None] >= mx.arange(7)
+    for bind in (
+        lambda f: lambda q, k, v, bias: f(q, k, v, scale=0.3, mask=mx.where(seen, bias, -mx.inf)),
+        lambda f: lambda q, k, v, bias: f(q, k, v, scale=0.3, mask=seen) + 0 * bias.sum(),
+    ):
+        if trouble := _differs(bind(attention.fused), bind(attention.reference), shapes):
+            return None, trouble
+    return attention.fused, None
 
 
-def _as_mlx_lm_calls_it(
-    queries: mx.array,
-    keys: Any,
-    values: Any,
-    cache: Any,
-    scale: float,
-    mask: mx.array | str | None,
-    sinks: mx.array | None = None,
-    *,
-    otherwise: Callable[..., mx.array] | None,
-) -> mx.array:
-    if attend := getattr(cache, "attend", None) or getattr(keys, "attend", None):  # keys of a layer that lends them
-        return attend(queries, scale=scale, mask=mask, sinks=sinks)
-    if otherwise is None or hasattr(cache, "bits"):  # a quantised cache holds tuples
-        from mlx_lm.models.base import scaled_dot_product_attention
+def _swiglu_of(switch: Switch, stock: Callable[..., mx.array], fused: Callable[..., mx.array]) -> Callable[..., Any]:
+    return lambda gate, x: (fused if switch.on else stock)(gate, x)
 
-        return scaled_dot_product_attention(queries, keys, values, cache, scale, mask, sinks)
-    return otherwise(queries, keys, values, scale=scale, mask=mask, sinks=sinks)
+
+def _attention_of(
+    switch: Switch, stock: Callable[..., mx.array], fused: Callable[..., mx.array] | None
+) -> Callable[..., mx.array]:
+    """As mlx-lm calls it. Needed on every device: rows that share a prompt bring their own attention."""
+
+    def scaled_dot_product_attention(
+        queries: mx.array,
+        keys: Any,
+        values: Any,
+        cache: Any,
+        scale: float,
+        mask: mx.array | str | None,
+        sinks: mx.array | None = None,
+    ) -> mx.array:
+        lent = getattr(keys, "attend", None)  # keys of a layer that lends them
+        if attend := getattr(cache, "attend", None) or lent:
+            return attend(queries, scale=scale, mask=mask, sinks=sinks)
+        if fused is None or not switch.on or hasattr(cache, "bits"):  # a quantised cache holds tuples
+            return stock(queries, keys, values, cache, scale, mask, sinks)
+        return fused(queries, keys, values, scale=scale, mask=mask, sinks=sinks)
+
+    return scaled_dot_product_attention
 
 
 def _differs(fused: Callable[..., mx.array], reference: Callable[..., mx.array], shapes: Any) -> str | None:
@@ -78,7 +96,7 @@ def _differs(fused: Callable[..., mx.array], reference: Callable[..., mx.array],
     weight = mx.random.normal(reference(*arrays).shape, key=mx.random.key(9))
     try:
         for f, g in zip(_values(fused, arrays, weight), _values(reference, arrays, weight), strict=True):
-            error = (mx.abs(f - g).max() / mx.abs(g).max()).item()
+            error = (mx.abs(f - g).max() / mx.maximum(mx.abs(g).max(), 1e-30)).item()
             if not error <= TOLERANCE:
                 return f"differs from its reference by {error:.1e}"
     except Exception as error:  # a kernel that cannot run here must not stop training

@@ -6,7 +6,7 @@ from typing import Any
 import mlx.core as mx
 
 from .exp import available
-from .exp import fused as fast_exp
+from .exp import values as fast_exp
 
 __all__ = ["available", "fused", "reference"]
 
@@ -46,18 +46,25 @@ def _bias(mask: Mask, length: int, keys: int, repeats: int) -> mx.array | None:
 
 def _attend(q: mx.array, k: mx.array, v: mx.array, bias: mx.array | None, scale: float) -> mx.array:
     @mx.custom_function
-    def run(q: mx.array, k: mx.array, v: mx.array) -> list[mx.array]:
+    def run(q: mx.array, k: mx.array, v: mx.array, *bias: mx.array) -> list[mx.array]:
         scores = (q * scale) @ k.swapaxes(-1, -2)
-        if bias is not None:
-            scores = scores + bias
+        for b in bias:
+            scores = scores + b
         weights = fast_exp(scores - scores.max(-1, keepdims=True), negative=True)
         p = weights / weights.sum(-1, keepdims=True)
         return [p @ v, p]
 
     @run.vjp
     def gradient(primals: list[mx.array], cotangents: list[mx.array], outputs: list[mx.array]) -> tuple[mx.array, ...]:
-        (q, k, v), dy, (y, p) = primals, cotangents[0], outputs
+        (q, k, v, *bias), dy, (y, p) = primals, cotangents[0], outputs
         ds = p * (dy @ v.swapaxes(-1, -2) - (dy * y).sum(-1, keepdims=True))
-        return (ds @ k) * scale, (ds.swapaxes(-1, -2) @ q) * scale, p.swapaxes(-1, -2) @ dy
+        dbias = [_summed_to(b.shape, ds) for b in bias]  # lazy: computed only where the mask has a gradient
+        return (ds @ k) * scale, (ds.swapaxes(-1, -2) @ q) * scale, p.swapaxes(-1, -2) @ dy, *dbias
 
-    return run(q, k, v)[0]
+    return run(q, k, v, *([] if bias is None else [bias]))[0]
+
+
+def _summed_to(shape: tuple[int, ...], x: mx.array) -> mx.array:
+    """x summed over the axes along which an array of this shape was repeated to x's."""
+    repeated = [i for i, n in enumerate(shape) if n != x.shape[i]]
+    return x.sum(repeated, keepdims=True) if repeated else x

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 import mlx.nn as nn
 
-from .exp import exp
+from .exp import exp_values
 
 Logits = Callable[[mx.array], mx.array]  # hidden [n, D] -> logits [n, V]
 SLICE_BYTES = 1 << 21  # of one slice of logits on a CPU: stays in the cache of a core
@@ -110,6 +110,8 @@ def _sliced(weight: Weight, vocabulary: int, hidden: mx.array, tokens: mx.array,
 
     @scores.vjp
     def backward(primals: mx.array, cotangents: list[mx.array], outputs: list[mx.array]) -> mx.array:
+        if not gradient:
+            raise RuntimeError("log-probs that were taken with gradient=False have none")
         return (cotangents[0][:, None] * outputs[4]).astype(hidden.dtype)
 
     return Rows(*scores(hidden)[:4])
@@ -139,7 +141,7 @@ def _online(
             top_now = mx.maximum(top, high)
             hit = mx.where(high > top, best == place, hit)  # of equal logits the first counts, as argmax takes it
             shrink = mx.exp(top - top_now)
-        e = exp(logits - top_now, negative=True)
+        e = exp_values(logits - top_now)
         dot = lambda a, b: (a[:, None] @ b[..., None])[:, 0]  # noqa: E731
         sums = [e.sum(-1, keepdims=True), dot(e, logits)]
         again = dot(e, e) if squares else mx.ones_like(top_now)

@@ -33,6 +33,7 @@ class Adapter(nn.Module):
     lora_b: mx.array
     _scale: mx.array
     _dropout_key: mx.array | None
+    by_hand = True  # gradients of the linear layers; False: MLX's own, which those are checked against
 
     def __init__(self, scale: float, dropout: float):
         super().__init__()
@@ -104,7 +105,7 @@ class DoRALinear(Adapter):
         dtype = mx.float32 if "scales" in self.linear else self.linear.weight.dtype
         cross = matmul_transposed(self.linear, a.T.astype(dtype)).astype(mx.float32)
         squared = self._base_norm_squared + ((2 * cross + (a.T @ a) @ b) * b).sum(axis=0)
-        return mx.sqrt(mx.maximum(squared, 1e-30))  # a row of zeros would divide by zero
+        return mx.stop_gradient(mx.sqrt(mx.maximum(squared, 1e-30)))  # a row of zeros would divide by zero
 
 
 class LoRAEmbedding(Adapter):
@@ -172,7 +173,7 @@ def low_rank_linear(layer: Any, x: mx.array) -> mx.array:
         return y
     a = layer.lora_a.astype(x.dtype)
     b = (layer.lora_b * layer._scale).astype(x.dtype)  # the scale goes to the small side: no pass over [tokens, out]
-    if layer._dropout_key is not None and layer.dropout > 0:
+    if not Adapter.by_hand or (layer._dropout_key is not None and layer.dropout > 0):
         return mx.addmm(layer.linear(x), layer.drop(x) @ a, b)
     return _fused(layer.linear, x, a, b)
 
@@ -208,20 +209,22 @@ def _amplified(y: mx.array, gain: mx.array, bias: mx.array | None) -> mx.array:
     """gain (y - bias) + bias, exactly y where gain is 1; its gradient needs the result only, so y need not be kept."""
     stream = mx.default_stream(mx.default_device())
 
-    @mx.custom_function
-    def run(y: mx.array, gain: mx.array) -> Any:
+    def plain(y: mx.array, gain: mx.array, *bias: mx.array) -> Any:
         gain = gain.astype(y.dtype)
-        return y * gain if bias is None else y * gain + (1 - gain) * bias
+        return y * gain + (1 - gain) * bias[0] if bias else y * gain
+
+    run = mx.custom_function(plain)
 
     @run.vjp
     def gradients(primals: tuple[mx.array, ...], dy: mx.array, out: mx.array) -> tuple[mx.array, ...]:
-        _, gain = primals
+        _, gain, *bias = primals
+        summed = lambda x: x.astype(mx.float32).reshape(-1, x.shape[-1]).sum(axis=0)  # noqa: E731
         with mx.stream(stream):
-            part = dy * (out if bias is None else out - bias)
-            total = part.astype(mx.float32).reshape(-1, part.shape[-1]).sum(axis=0)
-            return dy * gain.astype(dy.dtype), mx.where(gain == 0, 0, total / gain)
+            total = summed(dy * (out - bias[0]) if bias else dy * out)
+            dbias = [((1 - gain) * summed(dy)).astype(b.dtype) for b in bias]
+            return dy * gain.astype(dy.dtype), mx.where(gain == 0, 0, total / gain), *dbias
 
-    amplified: Any = run(y, gain)
+    amplified: Any = (run if Adapter.by_hand else plain)(y, gain, *([] if bias is None else [bias]))
     return amplified
 
 

@@ -5,8 +5,9 @@ Rows are aligned at their newest token, so that a step writes one column for all
 padding on the left. `Decoder` takes rows in, lets rows go and computes steps; who comes when is the caller's business.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
 from typing import Any
 
 import mlx.core as mx
@@ -254,23 +255,27 @@ class Decoder:
 
     def _prefill(self, rows: list[Row], width: int) -> tuple[list[list[mx.array]], list[dict[str, mx.array]]]:
         """Per layer keys and values [P, Hkv, width, D] and notes [P, ...] of prompts without their last tokens."""
-        at_once = max(1, PREFILL_TOKENS // width)
+        at_once, even = max(1, PREFILL_TOKENS // width), self.policy.even
+        ordered = sorted(range(len(rows)), key=lambda i: len(rows[i].prompt) if even else i)
         parts, notes = [], []
-        for start in range(0, len(rows), at_once):
-            some = rows[start : start + at_once]
-            tokens, pad = np.zeros((len(some), width), np.int32), np.zeros(len(some), np.int32)
+        for some in _cut([rows[i] for i in ordered], at_once, even):
+            columns = max(len(some[0].prompt) - 1, 1) if even else width
+            tokens, pad = np.zeros((len(some), columns), np.int32), np.zeros(len(some), np.int32)
             for i, row in enumerate(some):
-                pad[i] = width - (len(row.prompt) - 1)
+                pad[i] = columns - (len(row.prompt) - 1)
                 tokens[i, pad[i] :] = row.prompt[:-1]
             variant = mx.array([row.variant for row in some], mx.int32)
-            recorders = record(self.policy.model, mx.array(pad), width, variant)
+            # Of even prompts only one without any column is padded, by one whose position must not be below 0 either.
+            recorders = record(self.policy.model, mx.array(0 * pad if even else pad), columns, variant)
             self.policy.body.hidden(mx.array(tokens), recorders)
-            parts.append([list(recorder.kv) for recorder in recorders])
+            wider = [(0, 0), (0, 0), (width - columns, 0), (0, 0)]
+            parts.append([[mx.pad(x, wider) for x in recorder.kv] for recorder in recorders])
             notes.append([recorder.notes for recorder in recorders])
             mx.eval(parts[-1], notes[-1])
+        back = mx.array(np.argsort(ordered))
         layers = range(len(self.caches))
-        joined = [{k: mx.concatenate([part[i][k] for part in notes]) for k in notes[0][i]} for i in layers]
-        return [[mx.concatenate([part[i][j] for part in parts]) for j in range(2)] for i in layers], joined
+        joined = [{k: mx.concatenate([part[i][k] for part in notes])[back] for k in notes[0][i]} for i in layers]
+        return [[mx.concatenate([part[i][j] for part in parts])[back] for j in range(2)] for i in layers], joined
 
     def _own(self, cache: GroupCache, rows: mx.array, column: int, new: int) -> tuple[mx.array, ...]:
         """Own keys and values of the rows that stay, their newest token at the same column, and room for new ones."""
@@ -283,6 +288,13 @@ class Decoder:
         had = np.zeros(self.policy.vocabulary, bool)
         had[np.concatenate([row.prompt, np.array(row.tokens, np.int32)])] = True
         return had
+
+
+def _cut(rows: list[Row], at_once: int, even: bool) -> Iterator[list[Row]]:
+    """At most so many rows together; even: and of one length (they come by length)."""
+    for _, alike in groupby(rows, key=lambda row: len(row.prompt) if even else 0):
+        some = list(alike)
+        yield from (some[start : start + at_once] for start in range(0, len(some), at_once))
 
 
 def _joined(old: dict[str, mx.array], stay: mx.array, made: dict[str, mx.array], came: mx.array) -> dict[str, mx.array]:

@@ -14,7 +14,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from . import data, forward
+from . import data
 from .batch import Batch, Completion, Example
 from .config import TrainSettings
 from .distributions import divergence, log_probs
@@ -123,10 +123,9 @@ class Probe:
     def log_probs(self, batch: Batch) -> mx.array:
         """float32 [n, V] at the n trained positions of a batch, row after row, evaluated."""
         policy = self.policy
-        way = forward.shared if policy.sharing else forward.plain
 
         def build(part: Batch) -> mx.array:
-            hidden = way(policy.model, policy.body.hidden, part).completion
+            hidden = policy.states(part).completion
             return log_probs(policy.body.logits(hidden.reshape(-1, hidden.shape[-1])[part.positions]))
 
         mx.eval(policy.model.state)  # workers could not evaluate what is pending in this thread

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Two ways through an unmodified mlx-lm model to the hidden states of completion tokens.
+"""Ways through an unmodified mlx-lm model to the hidden states of completion tokens.
 
 Shared: each prompt is computed once, and its keys and values (kept differentiable) serve all its completions, through
-mlx-lm's cache protocol (`offset`, `update_and_fetch`, `make_mask`). Plain: one right-padded row per completion.
-Both return hidden states that predict the completions' tokens and those that predict the prompts' own; the head is
-applied elsewhere, in chunks, to those that are asked for.
+mlx-lm's cache protocol (`offset`, `update_and_fetch`, `make_mask`). Even: the same for prompts of one length at a time,
+without padding. Plain: one right-padded row per completion. All return hidden states that predict the completions'
+tokens and those that predict the prompts' own; the head is applied elsewhere, in chunks, to those that are asked for.
 """
 
 from collections.abc import Callable
@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 from mlx.utils import tree_map
 from mlx_lm.models.cache import KVCache, RotatingKVCache, make_prompt_cache
 
@@ -103,14 +104,38 @@ def record(model: nn.Module, pad: mx.array, width: int, variant: mx.array | None
 def shared(model: nn.Module, hidden: Hidden, batch: Batch) -> States:
     """With every prompt computed once."""
     prompt, completion = batch.prompt, batch.completion
-    if prompt.shape[1] < 2:  # at least one prompt column: the recorder's keys must exist
-        prompt = mx.pad(prompt, [(0, 0), (1, 0)])
-    pad = batch.prompt_pad + (prompt.shape[1] - batch.prompt.shape[1])
-    recorders = record(model, pad, prompt.shape[1] - 1)
-    ahead = hidden(prompt[:, :-1], recorders)[:, prompt.shape[1] - batch.prompt.shape[1] :]
+    if prompt.shape[1] < 2:  # the last tokens begin the rows: there is nothing before them to share
+        return plain(model, hidden, batch)
+    recorders = record(model, batch.prompt_pad, prompt.shape[1] - 1)
+    ahead = hidden(prompt[:, :-1], recorders)
     readers = [PromptReader(recorder, batch.row_prompt) for recorder in recorders]
     tokens = mx.concatenate([prompt[:, -1][batch.row_prompt][:, None], completion[:, :-1]], 1)
     return States(hidden(tokens, readers), ahead)
+
+
+def even(model: nn.Module, hidden: Hidden, batch: Batch) -> States:
+    """As `shared`, prompts of one length at a time: no position is below 0, as those of padding are. Not compiled."""
+    width, parts = batch.prompt.shape[1], even_parts(batch)
+    found = [shared(model, hidden, part) for part, _, _ in parts]
+    ahead = [mx.pad(x.prompt, [(0, 0), (width - 1 - x.prompt.shape[1], 0), (0, 0)]) for x in found]
+    prompts, rows = (mx.array(np.argsort(np.concatenate(which))) for which in list(zip(*parts, strict=True))[1:])
+    return States(mx.concatenate([x.completion for x in found])[rows], mx.concatenate(ahead)[prompts])
+
+
+def even_parts(batch: Batch) -> list[tuple[Batch, np.ndarray, np.ndarray]]:
+    """A batch cut by the lengths of its prompts, and which prompts and rows each part has; `positions` stay."""
+    pad, row_prompt, found = np.array(batch.prompt_pad), np.array(batch.row_prompt), []
+    for n in np.unique(pad):
+        prompts, rows = np.flatnonzero(pad == n), np.flatnonzero(pad[row_prompt] == n)
+        part = batch._replace(
+            prompt=batch.prompt[mx.array(prompts)][:, int(n) :],
+            prompt_pad=mx.zeros(len(prompts), mx.int32),
+            completion=batch.completion[mx.array(rows)],
+            row_prompt=mx.array(np.searchsorted(prompts, row_prompt[rows]).astype(np.int32)),
+            mask=batch.mask[mx.array(rows)],
+        )
+        found.append((part, prompts, rows))
+    return found
 
 
 def plain(model: nn.Module, hidden: Hidden, batch: Batch) -> States:
@@ -129,21 +154,22 @@ def plain(model: nn.Module, hidden: Hidden, batch: Batch) -> States:
     return States(completion, mx.take_along_axis(states[first], ahead[..., None], 1))
 
 
-def token_weights(batch: Batch, sharing: bool) -> list[mx.array]:
+def token_weights(batch: Batch, sharing: bool, even: bool = False) -> list[mx.array]:
     """float32 [tokens] of each pass through the model: how many rows a token belongs to, 0 for padding.
 
     The same tokens count in both ways: a shared prompt's once for each of its completions, as if it were repeated. What
     follows a row's last trained token does not count.
     """
+    if sharing and even:
+        return [weights for part, _, _ in even_parts(batch) for weights in token_weights(part, True)]
     columns = mx.arange(batch.completion.shape[1])[None]
     length = mx.where(batch.mask, columns + 1, 0).max(1, keepdims=True)
     width, pad = batch.prompt.shape[1], batch.prompt_pad[:, None]
-    if not sharing:
+    if not sharing or width < 2:
         tokens = width - pad[batch.row_prompt] + length - 1
         return [(mx.arange(width + columns.size - 1)[None] < tokens).astype(mx.float32).reshape(-1)]
     rows = mx.zeros(pad.shape).at[batch.row_prompt].add(1.0)
-    extra = 1 if width < 2 else 0  # the column that `shared` puts before a prompt of one token
-    prompt = mx.where(mx.arange(width + extra - 1)[None] >= pad + extra, rows, 0.0)
+    prompt = mx.where(mx.arange(width - 1)[None] >= pad, rows, 0.0)
     return [prompt.reshape(-1), (columns < length).astype(mx.float32).reshape(-1)]
 
 

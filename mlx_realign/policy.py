@@ -32,6 +32,7 @@ class Policy:
         self.model, self.tokenizer, self.config, self.folder, self.notes, self.quantized = loaded
         self.name = name
         self.sharing = forward.shareable(self.model) is None
+        self.even = False  # prompts are shared among those of one length only: this model cannot have padding
         self.workers = Workers(cores() if loading.on_cpu() else 1)
         self.compiled = False
         self.needs: frozenset[str] = frozenset()
@@ -40,10 +41,24 @@ class Policy:
         self.start: dict[str, mx.array] = {}
         self._starts_at_base: bool | None = None
         self.model.freeze()
-        self.notes += install(self.model)
+        self.kernels = install(self.model)
+        self.notes += self.kernels.notes
         if loading.on_cpu() and blas.in_use().wanting and (line := blas.in_use().line()):
             self.notes.append(line)
         self.refresh()
+
+    def close(self) -> None:
+        """Give the model's modules back mlx-lm's own functions; the policy goes on working, by those. Twice is once."""
+        self.kernels.close()
+        self.groups_rows = False  # it takes ours
+        if self.compiled:
+            self.compile()  # traces hold what they were made with
+
+    def __enter__(self) -> "Policy":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     @classmethod
     def load(
@@ -131,8 +146,7 @@ class Policy:
 
         gradient: True where one will be asked for; the head's share of it is made in this same pass.
         """
-        way = forward.shared if self.sharing else forward.plain
-        states = way(self.model, self.body.hidden, batch)
+        states = self.states(batch)
         rows, width, size = states.completion.shape
         picked = states.completion.reshape(-1, size)[batch.positions]
         targets = batch.completion.reshape(-1)[batch.positions]
@@ -159,6 +173,11 @@ class Policy:
             real = mx.arange(batch.prompt.shape[1] - 1)[None] >= batch.prompt_pad[:, None]
             scores = scores._replace(prompt_logps=mx.where(real, found.logps[count:].reshape(real.shape), 0))
         return scores
+
+    def states(self, batch: Batch) -> forward.States:
+        """Hidden states by the fastest way that is right for this model."""
+        shared = forward.even if self.even else forward.shared
+        return (shared if self.sharing else forward.plain)(self.model, self.body.hidden, batch)
 
     @property
     def vocabulary(self) -> int:
@@ -195,7 +214,7 @@ class Policy:
             return loss(self.scores(batch, gradient=gradient), batch)
         with balance.listening() as heard:
             out = loss(self.scores(batch, gradient=gradient), batch)
-        return self.balance.add(out, heard, forward.token_weights(batch, self.sharing))
+        return self.balance.add(out, heard, forward.token_weights(batch, self.sharing, self.even))
 
     def prepare_for(self, needs: frozenset[str], temperature: float = 1.0) -> None:
         """What a method's loss needs beside log-probs (methods.needs), and the temperature they are taken at."""
@@ -211,7 +230,7 @@ class Policy:
         self.compiled, self.workers = True, Workers(1)
 
     def _gradients(self, batch: Batch, loss: Loss) -> tuple[LossOutput, dict[str, Any]]:
-        if not self.compiled:
+        if not self.compiled or self.even:  # a trace cannot know which prompts are of one length
             return self.differentiate(batch, loss)
         if loss not in self._traces:
             state = [self.model.state]  # also an output: checkpointed layers exchange parameters while they run

@@ -12,7 +12,7 @@ import mlx.core as mx
 import numpy as np
 
 from .errors import UserError
-from .kernels.exp import exp
+from .kernels.exp import exp_values
 
 BLOCK = 256  # entries whose sum is looked at first
 
@@ -73,7 +73,7 @@ def pick(
         logps = mx.take_along_axis(raw, tokens, -1) - mx.logsumexp(raw, -1, keepdims=True)
         return tokens[:, 0].astype(mx.int32), logps[:, 0]
     top = wanted.max(-1, keepdims=True)
-    weights = exp(wanted - top, negative=True)
+    weights = exp_values(wanted - top)
     tokens, total = drawn(truncated(weights, sampling), uniform)
     whole = wanted is raw and not (sampling.top_k or sampling.top_p < 1 or sampling.min_p)
     lse = top + mx.log(total) if whole else mx.logsumexp(raw, -1, keepdims=True)

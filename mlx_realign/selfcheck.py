@@ -2,13 +2,14 @@
 """Proof, on the very model that was loaded, that the fast ways give what the plain ones do; what does not is not used.
 
 A tiny random batch with unequal pads, several completions per prompt and prompts longer than the (shrunk) attention
-window goes through: shared prompts against plain rows (log-probs and gradients), the chunked head against the model's
-own logits, checkpointed layers against ordinary ones, adapters off against their base.
+window goes through, and log-probs and gradients are held against those of mlx-lm's own functions, one unpadded row at a
+time: our kernels, the chunked head, shared prompts, checkpointed layers. Adapters off are held against their base.
 """
 
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import mlx.core as mx
@@ -16,10 +17,10 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten
 
-from . import adapter, forward
+from . import adapter, forward, selfcheck_reference
 from .batch import Batch, LossOutput, Scores
-from .errors import UserError
 from .policy import Policy
+from .selfcheck_reference import nudged, said, weights_of
 
 WINDOW = 4  # attention windows are shrunk to this for the check, so that a short prompt is longer than them
 WINDOWS = "window window_size sliding_window sliding_window_size attention_window_size loop_window_size".split()
@@ -40,43 +41,113 @@ def run(policy: Policy) -> Checks:
 
     Raises UserError where the model's own forward pass cannot be differentiated: then there is nothing to train.
     """
-    results, notes = {}, []
     batch, limit = probe(policy.vocabulary), LIMIT[policy.dtype]
     checkpointed = any(getattr(layer, "recomputed", False) for layer in forward.layers_of(policy.model))
     forward.uncheckpoint_layers(policy.model)
-    with shrunk_windows(policy.model):
-        expected = _by_the_models_own_code(policy, batch)
-        reason = "the model has no layer of its own for it" if policy.body.module is None else None
-        policy.body.whole = reason is not None
-        reason, results["chunked_head"], found = _try(policy, batch, expected, limit, reason)
-        if reason:
-            policy.body.whole = True
-            notes.append(f"the head is not cut into chunks, which takes more memory: {reason}")
-        expected = found or expected
-        reason = forward.shareable(policy.model)
-        policy.sharing = reason is None
-        reason, results["shared_prompts"], _ = _try(policy, batch, expected, limit, reason)
-        if reason:
-            policy.sharing = False
-            notes.append(f"prompts are not shared between completions, each row is computed alone: {reason}")
+    with shrunk_windows(policy.model), _logps_alone(policy):
+        policy.body.whole, policy.sharing, policy.even = True, False, False
+        policy.kernels.on = not policy.kernels.closed
+        expected, untold = selfcheck_reference.by_mlx_lm(policy, batch)
+        check = _Check(policy, batch, expected, limit, {}, [untold] if untold else [])
+        check.kernels()
+        check.head()
+        check.prompts()
         if checkpointed:
-            forward.checkpoint_layers(policy.model)
-            reason, results["checkpointed_layers"], _ = _try(policy, batch, expected, limit, None)
-            if reason:
-                forward.uncheckpoint_layers(policy.model)
-                notes.append(f"gradient checkpointing is off: {reason}")
-        results["adapter_off"] = _adapter_off(policy, batch)
-    return Checks(results, notes)
+            check.checkpointing()
+        check.results["adapter_off"] = _adapter_off(policy, batch)
+    return Checks(check.results, check.notes)
+
+
+@dataclass
+class _Check:
+    policy: Policy
+    batch: Batch
+    expected: dict[str, mx.array]  # what mlx-lm's own functions give
+    limit: float
+    results: dict[str, str]
+    notes: list[str]
+
+    def kernels(self) -> None:
+        """Rows side by side with our kernels, or else with mlx-lm's."""
+        policy = self.policy
+        reason, found = self._try("kernels")
+        if reason and policy.kernels.on:
+            policy.kernels.on = False
+            still, found = self._try("rows")
+            if not still:
+                self.notes.append(f"our kernels are off, mlx-lm's own functions run instead: {reason}")
+            else:  # they are not to blame
+                policy.kernels.on, reason = True, still
+        if reason and not found:
+            if reason.startswith(("it raised", "log-probs")) or policy.dtype == mx.float32:
+                raise selfcheck_reference.refused(policy, f"rows of a batch are not what mlx-lm gives: {reason}")
+            self.notes.append(f"rows of a batch are not quite what mlx-lm gives for each alone: {reason}")
+        self.expected = found | self.expected  # gradients of this way stand in where mlx-lm's take too long
+
+    def head(self) -> None:
+        body = self.policy.body
+        body.whole = body.module is None
+        reason = "the model has no layer of its own for it" if body.whole else None
+        reason, _ = self._try("chunked_head", reason)
+        if reason:
+            body.whole = True
+            self.notes.append(f"the head is not cut into chunks, which takes more memory: {reason}")
+
+    def prompts(self) -> None:
+        policy, reason = self.policy, forward.shareable(self.policy.model)
+        policy.sharing, unable = reason is None, reason
+        reason, _ = self._try("shared_prompts", reason)
+        if reason and not unable and not reason.startswith("it raised"):  # what raises may do so at other shapes only
+            policy.even = True
+            if not self._try("shared_prompts")[0]:
+                self.notes.append(f"only prompts of one length are computed together, which takes more time: {reason}")
+                return
+            self.results["shared_prompts"] = f"off: {reason}"
+        if reason:
+            policy.sharing = policy.even = False
+            self.notes.append(f"prompts are not shared between completions, each row is computed alone: {reason}")
+
+    def checkpointing(self) -> None:
+        forward.checkpoint_layers(self.policy.model)
+        reason, _ = self._try("checkpointed_layers")
+        if reason:
+            forward.uncheckpoint_layers(self.policy.model)
+            self.notes.append(f"gradient checkpointing is off: {reason}")
+
+    def _try(self, name: str, reason: str | None = None) -> tuple[str | None, dict[str, mx.array]]:
+        """(why this way is not taken or None, what was measured where it is); where there is a reason, no try."""
+        if reason is None:
+            try:
+                found = _measure(self.policy, self.batch)
+                worst, where = _gap(found, self.expected)
+                if worst <= self.limit:
+                    self.results[name] = f"exact to {worst:.1e}"
+                    return None, found
+                reason = f"{where} differs by {worst:.1e} (relative)"
+            except Exception as error:  # whatever an architecture raises, training goes on by the plain way
+                reason = f"it raised {said(error)}"
+        self.results[name] = f"off: {reason}"
+        return reason, {}
+
+
+@contextmanager
+def _logps_alone(policy: Policy) -> Iterator[None]:
+    """Inside, the load-balancing loss is left out: it is a matter of a whole batch, not a sum over its rows."""
+    kept, policy.balance = policy.balance, None
+    try:
+        yield
+    finally:
+        policy.balance = kept
 
 
 def probe(vocabulary: int) -> Batch:
-    """Two prompts of 7 and 5 tokens with 2 and 1 completions of unequal length; small: every start pays for it."""
+    """Prompts of 7, 5 and 7 tokens with 2, 1 and 1 completions of unequal length; small: every start pays for it."""
     rng = np.random.default_rng(0)
     draw = lambda *shape: rng.integers(3, max(4, vocabulary - 1), shape, dtype=np.int32)  # noqa: E731
-    pad, rows = np.array([0, 2], np.int32), np.array([0, 0, 1], np.int32)
-    prompt = np.where(np.arange(7)[None] >= pad[:, None], draw(2, 7), 0)
-    mask = np.arange(5)[None] < np.array([5, 3, 4])[:, None]
-    arrays: Any = (prompt, pad, np.where(mask, draw(3, 5), 0), rows, mask, np.flatnonzero(mask).astype(np.int32))
+    pad, rows = np.array([0, 2, 0], np.int32), np.array([0, 0, 1, 2], np.int32)
+    prompt = np.where(np.arange(7)[None] >= pad[:, None], draw(3, 7), 0)
+    mask = np.arange(5)[None] < np.array([5, 3, 4, 2])[:, None]
+    arrays: Any = (prompt, pad, np.where(mask, draw(4, 5), 0), rows, mask, np.flatnonzero(mask).astype(np.int32))
     return Batch(*map(mx.array, arrays), extras={})
 
 
@@ -98,27 +169,11 @@ def shrunk_windows(model: nn.Module) -> Iterator[None]:
             setattr(holder, name, value)
 
 
-def _by_the_models_own_code(policy: Policy, batch: Batch) -> dict[str, mx.array]:
-    """Whole logits, every row alone, no layer recomputed."""
-    policy.body.whole, policy.sharing = True, False
-    try:
-        found = _measure(policy, batch)
-    except Exception as error:  # whatever an architecture raises, the user gets one line
-        kind = policy.config.get("model_type")
-        raise UserError(f"--model {policy.name}: a {kind} model cannot be trained here: {_said(error)}") from error
-    if not mx.isfinite(found["log-probs"]).all():
-        dtype = str(policy.dtype).rpartition(".")[2]
-        raise UserError(f"--model {policy.name}: its log-probs are not finite in {dtype}; check it, or set --dtype")
-    return found
-
-
 def _measure(policy: Policy, batch: Batch) -> dict[str, mx.array]:
     """Log-probs and gradients of a weighted sum of them; adapters start at zero, so theirs are nudged for the check."""
-    weights = mx.random.normal(batch.mask.shape, key=mx.random.key(1))
-    kept: list[mx.array] = []
+    weights = weights_of(batch)
 
     def loss(scores: Scores, part: Batch) -> LossOutput:
-        kept.append(scores.logps)
         return LossOutput((scores.logps * weights).sum(), mx.array(1.0), {"logps": (scores.logps, mx.array(1.0))})
 
     with nudged(policy.model):
@@ -129,34 +184,6 @@ def _measure(policy: Policy, batch: Batch) -> dict[str, mx.array]:
         mx.eval(out, grads)
     slopes: Any = tree_flatten(grads)
     return {"log-probs": out.metrics["logps"][0], **{f"the gradient of {k}": v for k, v in slopes}}
-
-
-@contextmanager
-def nudged(model: nn.Module) -> Iterator[None]:
-    """Inside, the adapter has moved a little at random, so that it acts and none of its gradients is all zero."""
-    before = adapter.state(model)
-    moved = lambda i, v: v + 0.02 * mx.random.normal(v.shape, key=mx.random.key(i))  # noqa: E731
-    model.load_weights([(k, moved(i, v)) for i, (k, v) in enumerate(before.items())], strict=False)
-    try:
-        yield
-    finally:
-        model.load_weights(list(before.items()), strict=False)
-
-
-def _try(
-    policy: Policy, batch: Batch, expected: dict[str, mx.array], limit: float, reason: str | None
-) -> tuple[str | None, str, dict[str, mx.array]]:
-    """(why this way is not taken or None, the finding as text, what was measured); where there is a reason, no try."""
-    if reason is None:
-        try:
-            found = _measure(policy, batch)
-            worst, where = _gap(found, expected)
-            if worst <= limit:
-                return None, f"exact to {worst:.1e}", found
-            reason = f"{where} differs by {worst:.1e} (relative)"
-        except Exception as error:  # whatever an architecture raises, training goes on by the plain way
-            reason = f"it raised {_said(error)}"
-    return reason, f"off: {reason}", {}
 
 
 def _gap(found: dict[str, mx.array], expected: dict[str, mx.array]) -> tuple[float, str]:
@@ -178,11 +205,6 @@ def _gap(found: dict[str, mx.array], expected: dict[str, mx.array]) -> tuple[flo
 
 def _norm(x: mx.array) -> float:
     return float(np.linalg.norm(np.array(x.astype(mx.float32))))
-
-
-def _said(error: Exception) -> str:
-    text = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {text[0][:160]}" if text else type(error).__name__
 
 
 def _adapter_off(policy: Policy, batch: Batch) -> str:

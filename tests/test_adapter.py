@@ -113,14 +113,17 @@ def test_values_and_gradients_are_those_of_the_formula_in_float64(base: str, dor
             assert found == pytest.approx(expected, rel=2e-5, abs=2e-4), (names, i)
 
 
-def test_a_trained_base_gets_its_gradient_too():
-    layer = layer_on("dense with bias", dora=False)
+@pytest.mark.parametrize("dora", [False, True])
+def test_a_trained_base_gets_its_gradient_too(dora: bool):
+    """Of DoRA's m / n (W x + s B A x) + bias with a constant n, as mlx-lm and PEFT take it."""
+    layer = layer_on("dense with bias", dora)
     layer.unfreeze()
     x = mx.random.normal((ROWS, IN), key=KEY)
     objective = lambda model: (model(x) ** 2).sum()  # noqa: E731
     found = nn.value_and_grad(layer, objective)(layer)[1]["linear"]
     dy = 2 * layer(x)
-    assert mx.allclose(found["weight"], dy.T @ x, rtol=1e-5, atol=1e-4)
+    gain = layer.m / layer.norm() if isinstance(layer, DoRALinear) else mx.ones(OUT)
+    assert mx.allclose(found["weight"], (dy * gain).T @ x, rtol=1e-5, atol=1e-4)
     assert mx.allclose(found["bias"], dy.sum(0), rtol=1e-5, atol=1e-4)
 
 

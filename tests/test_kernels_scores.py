@@ -147,6 +147,12 @@ def test_without_a_gradient_the_scores_are_the_same():
         assert mx.array_equal(one, other)
 
 
+def test_without_a_gradient_it_cannot_be_asked_for():
+    head, (hidden, tokens) = dense_head(50), inputs(50)
+    with pytest.raises(RuntimeError, match="gradient=False"):
+        mx.grad(lambda h: token_scores.fused(head, h, tokens, gradient=False).logps.sum())(hidden)
+
+
 def test_no_tokens_no_rows():
     rows = token_scores.fused(dense_head(50), mx.zeros((0, WIDTH)), mx.zeros((0,), mx.int32))
     assert [row.shape for row in rows] == [(0,)] * 4

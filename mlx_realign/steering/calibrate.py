@@ -13,7 +13,7 @@ from typing import NamedTuple
 import mlx.core as mx
 import numpy as np
 
-from .. import data, forward, rollout
+from .. import data, rollout
 from ..batch import Batch, Completion, Example
 from ..distributions import divergence, log_probs
 from ..errors import UserError
@@ -164,8 +164,7 @@ class Bench:
 
     def _hidden(self, batch: Batch) -> mx.array:
         """Hidden states [N, D] that predict the batch's completion tokens, evaluated."""
-        way = forward.shared if self.policy.sharing else forward.plain
-        states = way(self.policy.model, self.policy.body.hidden, batch).completion
+        states = self.policy.states(batch).completion
         picked = states.reshape(-1, states.shape[-1])[batch.positions[: int(np.array(batch.mask).sum())]]
         mx.eval(picked)
         return picked
