@@ -12,6 +12,7 @@ from mlx.utils import tree_flatten, tree_map
 from mlx_lm import utils as mlx_lm_utils
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
+from . import arguments
 from .errors import UserError
 
 EMBEDDED = "tiny-chat"
@@ -77,8 +78,17 @@ def load(
     See TrainSettings for the options. Raises UserError in one line for whatever is missing, broken or unknown.
     """
     folder = find_model(name)
+    notes: list[str] = []
+
+    def classes(config: dict[str, Any]) -> Any:
+        found = mlx_lm_utils._get_classes(config)
+        notes.extend(arguments.complete(config, *found))
+        return found
+
     try:
-        model, config = mlx_lm_utils.load_model(folder, lazy=True, trust_remote_code=trust_remote_code)
+        model, config = mlx_lm_utils.load_model(
+            folder, lazy=True, get_model_classes=classes, trust_remote_code=trust_remote_code
+        )
     except Exception as error:  # whatever a broken folder makes the readers raise
         raise UserError(f"--model {name}: cannot be loaded: {_said(error, folder)}") from error
     if reason := WRONG.get(str(config.get("model_type"))):
@@ -88,7 +98,7 @@ def load(
         tokenizer = mlx_lm_utils.load_tokenizer(folder, options, eos_token_ids=config.get("eos_token_id"))
     except Exception as error:
         raise UserError(f"--model {name}: its tokenizer cannot be read: {_said(error, folder)}") from error
-    notes = [_quantize(model, config, quantize)] if quantize else []
+    notes += [_quantize(model, config, quantize)] if quantize else []
     _cast(model, DTYPES["float32"] if dtype == "auto" and on_cpu() else DTYPES.get(dtype))
     if on_cpu() and cpu_dequantize == "auto" and _has_quantized(model):
         mlx_lm_utils.dequantize_model(model)
