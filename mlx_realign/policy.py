@@ -35,6 +35,7 @@ class Policy:
         self.workers = Workers(cores() if loading.on_cpu() else 1)
         self.compiled = False
         self.needs: frozenset[str] = frozenset()
+        self.router_aux_loss_coef = 0.0  # of the load-balancing loss; `refresh` makes a change of it count
         self.temperature = 1.0  # logits are divided by it wherever log-probs are taken
         self.groups_rows: bool | None = None  # whether rows that are generated can share a prompt; see decoding
         self.start: dict[str, mx.array] = {}
@@ -77,6 +78,7 @@ class Policy:
 
     def prepare(self, settings: TrainSettings) -> None:
         """Make the wanted parameters trainable; the state this leaves is the reference of the stage."""
+        self.router_aux_loss_coef = settings.router_aux_loss_coef
         if settings.full:
             self.model.unfreeze()
         elif settings.adapter:
@@ -114,8 +116,8 @@ class Policy:
         except Exception as error:  # the first time the model runs: whatever it raises, the user gets one line
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise UserError(f"--model {self.name}: it cannot run on this device in {self.dtype}: {reason}") from error
-        self.balance, left_out = balance.find(self.model, self.config)
-        self.notes += [left_out] if left_out and left_out not in self.notes else []
+        coefficient = self.router_aux_loss_coef
+        self.balance = balance.find(self.model, self.config, coefficient) if coefficient else None
         if self.balance and self.workers.count > 1:  # balance is a matter of the whole batch
             self.workers = Workers(1)
 
@@ -190,7 +192,7 @@ class Policy:
         return self.workers.map(batch, build)
 
     def _loss(self, batch: Batch, loss: Loss, *, gradient: bool = False) -> LossOutput:
-        """The method's loss, and the load-balancing loss where the architecture defines one."""
+        """The method's loss, and the load-balancing loss where it is asked for."""
         if self.balance is None:
             return loss(self.scores(batch, gradient=gradient), batch)
         with balance.listening() as heard:
