@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""config.json against what mlx-lm's model files take: what is named or placed otherwise is passed on, the rest told.
+"""config.json against what mlx-lm's model files take: what stands elsewhere is passed on, the rest told.
 
-transformers 5 keeps rope settings under `rope_parameters` alone, leaves out what only mlx-lm asks for, and renames. What
-a model file takes is read from the signature of its ModelArgs, and whether it uses it from its source.
+transformers 5 keeps rope settings under `rope_parameters` alone, leaves out what only mlx-lm asks for, and renames.
+What a model file takes is read from the signature of its ModelArgs, and whether it uses it from its source.
 """
 
 import copy
@@ -19,6 +19,7 @@ PARTIAL = ("partial_rotary_factor", "rotary_pct", "rotary_dim")
 PATTERN = "sliding_window_pattern"
 LOCAL_UNSCALED = {"olmo3"}  # one theta for all layers, and sliding ones without the scaling
 NOT_SCALING = {"rope_theta", "partial_rotary_factor", "type", "rope_type", "max_position_embeddings"}
+SIZES = "hidden_size vocab_size intermediate_size num_hidden_layers num_attention_heads".split()  # never by default
 IGNORED = {"mrope_section", "mrope_interleaved", "finetuned", "attn_factor"}  # nothing to text alone, or left to mlx-lm
 
 
@@ -79,7 +80,7 @@ class Taken(NamedTuple):
 
 
 def complete(config: dict[str, Any], model_class: type, args_class: type) -> list[str]:
-    """Add to config what it says elsewhere than mlx-lm looks, nothing given there being changed; a note of what is lost.
+    """Add to config what it says elsewhere than mlx-lm looks, changing nothing given; notes of what is lost.
 
     Raises ValueError in one line for rope settings that the model file cannot be given.
     """
@@ -170,7 +171,7 @@ def _fill_rope(taken: Taken) -> None:
             if taken.lacks(key) and taken.required(key):
                 part[key] = whole
     kind = rope.get("rope_type") or rope.get("type") or "default"
-    if kind != "default":
+    if kind != "default" and "rope_parameters" in part:
         scaling = {key: value for key, value in rope.items() if key not in NOT_SCALING}
         if "rope_scaling" in part and part["rope_scaling"] is None:
             del part["rope_scaling"]
@@ -194,8 +195,10 @@ def _fill(taken: Taken, names: tuple[str, ...], value: Any, what: str, fixed: An
     named = [name for name in names if name in taken.fields]
     used = [name for name in named if taken.reads(name)]
     if not used and value is not None and value != fixed:
-        raise ValueError(f"rope_parameters say {what if what.startswith('rope_type') else f'{what} {value}'}, and "
-                         f"mlx-lm's {taken.name} has no setting for it: positions would be wrong")
+        raise ValueError(
+            f"rope_parameters say {what if what.startswith('rope_type') else f'{what} {value}'}, and "
+            f"mlx-lm's {taken.name} has no setting for it: positions would be wrong"
+        )
     if named and value is not None:
         taken.part.setdefault(named[0], value)
 
@@ -206,14 +209,18 @@ def _fill_local(taken: Taken, full: dict[str, Any], others: list[dict[str, Any]]
     if any(other != local for other in others) or local.get("rope_type", "default") != "default":
         raise ValueError(f"rope_parameters differ by kind of layer in a way that mlx-lm's {taken.name} cannot be given")
     if local.get("partial_rotary_factor", 1) != full.get("partial_rotary_factor", 1):
-        raise ValueError(f"rope_parameters say a partial_rotary_factor for each kind of layer, and mlx-lm's {taken.name} "
-                         "has one for all")
+        raise ValueError(
+            f"rope_parameters say a partial_rotary_factor for each kind of layer, and mlx-lm's {taken.name} "
+            "has one for all"
+        )
     names = [name for name in LOCAL_THETA if name in taken.fields]
     if names:
         taken.part.setdefault(names[0], local["rope_theta"])
     elif local["rope_theta"] != full["rope_theta"] or taken.name not in LOCAL_UNSCALED:
-        raise ValueError(f"rope_parameters differ between full and sliding layers, and mlx-lm's {taken.name} has one "
-                         "setting for all: positions would be wrong")
+        raise ValueError(
+            f"rope_parameters differ between full and sliding layers, and mlx-lm's {taken.name} has one "
+            "setting for all: positions would be wrong"
+        )
 
 
 def _fill_pattern(taken: Taken) -> None:
@@ -232,7 +239,7 @@ def _fill_defaults(taken: Taken) -> None:
     """What config.json leaves to transformers' own class: what must be given, and what changes results in silence."""
     part = taken.part
     quiet = [key for key in taken.fields if taken.lacks(key) and not key.startswith("rope") and _rule(key)]
-    must = [key for key in taken.fields if taken.lacks(key) and taken.required(key)]
+    must = [key for key in taken.fields if taken.lacks(key) and taken.required(key) and key not in SIZES]
     if not (quiet or must) or not (known := _transformers(part)):
         return
     for key in {*quiet, *must}:
@@ -267,6 +274,11 @@ def _lost(taken: Taken) -> Iterator[str]:
         if rule and not isinstance(value, dict | str) and value is not None and value not in rule.neutral:
             if not taken.reads(key) and not _done_otherwise(taken, key):
                 yield _note(taken, key, value, rule.meaning)
+    rope = part.get("rope_parameters")
+    for key in (*THETA, "partial_rotary_factor"):
+        other = rope.get("rope_theta" if key in THETA else key) if isinstance(rope, dict) else None
+        if key in part and other is not None and other != part[key] and not _whole(taken):
+            yield f"config.json says {key} {part[key]}, and {other} in rope_parameters: the first is taken"
     yield from _lost_scaling(taken)
     yield from _lost_windows(taken)
     yield from _lost_activation(taken)
@@ -309,7 +321,9 @@ def _lost_scaling(taken: Taken) -> Iterator[str]:
         if key not in NOT_SCALING | IGNORED and value is not None and f'"{key}"' not in source:
             yield _note(taken, f"rope_scaling.{key}", value, "positions turn otherwise")
     if kind in ("longrope", "su") and scaling.get("short_factor") != scaling.get("long_factor"):
-        yield _note(taken, "rope_scaling.short_factor", "(it takes long_factor always)", "short texts are read otherwise")
+        yield _note(
+            taken, "rope_scaling.short_factor", "(it takes long_factor always)", "short texts are read otherwise"
+        )
 
 
 def _lost_windows(taken: Taken) -> Iterator[str]:

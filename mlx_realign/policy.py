@@ -17,7 +17,6 @@ from mlx.utils import tree_flatten, tree_map
 from . import adapter, balance, blas, fingerprint, forward, loading
 from .batch import Batch, LossOutput, Scores
 from .config import TrainSettings
-from .errors import UserError
 from .head import Body
 from .kernels import install, token_scores
 from .workers import Workers, cores
@@ -31,7 +30,6 @@ class Policy:
     def __init__(self, loaded: loading.Loaded, name: str) -> None:
         self.model, self.tokenizer, self.config, self.folder, self.notes, self.quantized = loaded
         self.name = name
-        self.sharing = forward.shareable(self.model) is None
         self.workers = Workers(cores() if loading.on_cpu() else 1)
         self.compiled = False
         self.needs: frozenset[str] = frozenset()
@@ -40,8 +38,10 @@ class Policy:
         self.groups_rows: bool | None = None  # whether rows that are generated can share a prompt; see decoding
         self.start: dict[str, mx.array] = {}
         self._starts_at_base: bool | None = None
-        self.model.freeze()
-        self.notes += install(self.model)
+        with loading.one_line(name, self.config):
+            self.sharing = forward.shareable(self.model) is None
+            self.model.freeze()
+            self.notes += install(self.model)
         if loading.on_cpu() and (slow := blas.missing()):
             self.notes.append(slow)
         self.refresh()
@@ -111,11 +111,8 @@ class Policy:
 
     def refresh(self) -> None:
         """Find the head again: it must be called after modules were exchanged. UserError where the model cannot run."""
-        try:
+        with loading.one_line(self.name, self.config):  # the first time the model runs
             self.body = Body(self.model)
-        except Exception as error:  # the first time the model runs: whatever it raises, the user gets one line
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise UserError(f"--model {self.name}: it cannot run on this device in {self.dtype}: {reason}") from error
         coefficient = self.router_aux_loss_coef
         self.balance = balance.find(self.model, self.config, coefficient) if coefficient else None
         if self.balance and self.workers.count > 1:  # balance is a matter of the whole batch
