@@ -15,9 +15,11 @@ from conftest import VOCAB_SIZE, write_tokenizer
 from mlx.utils import tree_map_with_path
 from mlx_lm.utils import _get_classes, load_model, save_model
 
-from mlx_realign import arguments
+from mlx_realign import arguments, selfcheck
+from mlx_realign.config import TrainSettings
 from mlx_realign.errors import UserError
 from mlx_realign.loading import load
+from mlx_realign.policy import Policy
 
 TOKENS = mx.array([[5, 9, 200, 3, 17, 42, 8, 100, 7, 61, 30, 2]])
 SIZES = {
@@ -312,3 +314,48 @@ def test_notes_reach_the_user(tmp_path: Path):
     config = config_of("llama", {"rope_theta": 300.0, "hidden_act": "gelu"})
     folder = write(tmp_path / "model", make_model(config), config)
     assert load(str(folder)).notes[0].startswith("config.json says hidden_act gelu, which mlx-lm's llama does not read")
+
+
+GRIFFIN = {"conv1d_width": 4, "logits_soft_cap": 30.0, "attention_window_size": 8, "attention_bias": False}
+INDEXED = {
+    **{"moe_intermediate_size": 64, "n_routed_experts": 4, "num_experts_per_tok": 2, "head_dim": 64, "q_lora_rank": 64},
+    **{"qk_rope_head_dim": 32, "o_groups": 2, "o_lora_rank": 32, "sliding_window": 8, "index_n_heads": 4},
+    **{"index_head_dim": 32, "index_topk": 8, "compress_ratios": [0, 4, 0, 4], "candidate_topk_blocks": 4},
+    **{"candidate_block_size": 4, "hc_mult": 2, "hc_sinkhorn_iters": 4, "tie_word_embeddings": False},
+}
+MIXED = {"layer_types": ["conv_mixer", "sliding_attention", "full_attention", "conv_mixer"], "sliding_window": 8}
+
+
+@pytest.mark.parametrize(
+    ("arch", "part", "said"),
+    [
+        (
+            "recurrent_gemma",
+            {**GRIFFIN, "rope_theta": 1e4, "block_types": ["recurrent", "attention"]},
+            "a recurrent_gemma model cannot run here: AttributeError: .*_no_grad",
+        ),
+        ("gear", MIXED, "its tokenizer cannot be read: .*layer_types"),
+        ("bitnet", {"num_key_value_heads": 4}, "a bitnet model cannot run here: RuntimeError: .*Metal"),
+        ("deepseek_v41", INDEXED, "a deepseek_v41 model cannot be trained here: ValueError: .*gather_axis"),
+    ],
+)
+def test_an_architecture_that_cannot_work_ends_in_one_line(arch: str, part: dict[str, Any], said: str, tmp_path: Path):
+    """All but bitnet on Metal; where one works one day, it comes off the list in the README."""
+    if arch == "bitnet" and mx.metal.is_available():
+        pytest.skip("Metal runs it")
+    config = config_of(arch, part)
+    folder = write(tmp_path / "model", make_model(config), config)
+    with pytest.raises(UserError, match=f"^--model {folder}: {said}") as caught:
+        selfcheck.run(Policy.from_settings(TrainSettings(model=str(folder), lora_rank=2)))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_model_file_that_ends_the_process_is_one_line(
+    tmp_path: Path, tiny_model_dir: Path, capsys: pytest.CaptureFixture[str]
+):
+    """mlx-lm's olmo prints what to install and exits; OLMo 2 is another file."""
+    folder = Path(shutil.copytree(tiny_model_dir, tmp_path / "model"))
+    (folder / "config.json").write_text(json.dumps(config_of("olmo", {})))
+    with pytest.raises(UserError, match=f"^--model {folder}: cannot be loaded: To run olmo install ai2-olmo"):
+        load(str(folder))
+    assert capsys.readouterr().out == ""
