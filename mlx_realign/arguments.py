@@ -70,7 +70,8 @@ class Taken(NamedTuple):
     def reads(self, key: str) -> bool:
         """Whether the model file takes this key and uses it."""
         outside = r"\.|\b(args|config)\." if key != "rope_scaling" else r"(args|config)\."  # checked, but not used
-        return key in self.fields and re.search(rf"(?:{outside}){key}\b", self.source) is not None
+        found = re.search(rf"(?:{outside}){key}\b", self.source) is not None
+        return key in self.fields and (found or not self.source)
 
     def lacks(self, key: str) -> bool:
         return key in self.fields and key not in self.part
@@ -112,8 +113,15 @@ def _taken(config: dict[str, Any], model_class: type, args_class: type) -> Taken
     everything: dict[str, ModuleType] = {}
     for module in (sys.modules[args.__module__], *modules):
         _reach(module, everything)
-    source = "\n".join(inspect.getsource(module) for module in everything.values())
+    source = "\n".join(map(_source, everything.values()))
     return Taken(args, part, dict(inspect.signature(args).parameters), source)
+
+
+def _source(module: ModuleType | None) -> str:
+    try:
+        return inspect.getsource(module) if module else ""
+    except OSError:  # packed without it: what is taken counts as used
+        return ""
 
 
 def _is_file(kind: type) -> bool:
@@ -315,10 +323,9 @@ def _lost_scaling(taken: Taken) -> Iterator[str]:
     if not taken.reads("rope_scaling"):
         yield _note(taken, "rope_scaling", f"of type {kind}", "long texts are read otherwise")
         return
-    rope = sys.modules.get("mlx_lm.models.rope_utils")
-    source = taken.source + (inspect.getsource(rope) if rope else "")
+    source = taken.source + _source(sys.modules.get("mlx_lm.models.rope_utils"))
     for key, value in scaling.items():
-        if key not in NOT_SCALING | IGNORED and value is not None and f'"{key}"' not in source:
+        if key not in NOT_SCALING | IGNORED and value is not None and source and f'"{key}"' not in source:
             yield _note(taken, f"rope_scaling.{key}", value, "positions turn otherwise")
     if kind in ("longrope", "su") and scaling.get("short_factor") != scaling.get("long_factor"):
         yield _note(
@@ -349,5 +356,5 @@ def _lost_activation(taken: Taken) -> Iterator[str]:
         if key == "hidden_act" and taken.part.get("hidden_activation"):
             continue  # Gemma has both, and the other one counts
         computed = next((there for here, there in FAMILIES if re.fullmatch(here, value)), re.escape(value))
-        if not re.search(computed, source):
+        if source and not re.search(computed, source):
             yield _note(taken, key, value, "its MLPs compute otherwise")
