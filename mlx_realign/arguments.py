@@ -113,7 +113,7 @@ def _taken(config: dict[str, Any], model_class: type, args_class: type) -> Taken
     everything: dict[str, ModuleType] = {}
     for module in (sys.modules[args.__module__], *modules):
         _reach(module, everything)
-    source = "\n".join(map(_source, everything.values()))
+    source = "\n".join(map(_source, everything.values())).strip()
     return Taken(args, part, dict(inspect.signature(args).parameters), source)
 
 
