@@ -4,7 +4,8 @@
 With f_e the share of tokens sent to expert e and p_e the mean probability of e, it is E * sum_e f_e p_e, where f has no
 gradient. As in Hugging Face's `load_balancing_loss_func` all layers are one population, padding does not count, and a
 token counts once for each of its top-k experts. Deviation from TRL: a completion's last token, which predicts nothing,
-is never computed here and so does not count. Routers are heard by swapping their class.
+is never computed here and so does not count. Nothing of it is there unless asked for (`--router-aux-loss-coef`): the
+coefficient in config.json is that of the model's own pretraining. Routers are heard by swapping their class.
 """
 
 import threading
@@ -18,13 +19,15 @@ import mlx.nn as nn
 from .adapter_layers import LINEAR, Adapter, base_of, matrix_shape
 from .adapter_targets import is_router
 from .batch import LossOutput
+from .errors import UserError
 
 EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")  # what configs call them
+CHOSEN = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "top_k_experts")
 _ears = threading.local()
 
 
 class Balance(NamedTuple):
-    """What an architecture defines of the loss."""
+    """The loss of one architecture, and what it weighs."""
 
     coefficient: float
     experts: int
@@ -57,13 +60,16 @@ class Balance(NamedTuple):
         return self.experts * (sent * probability).sum() / mx.maximum(tokens * tokens, 1.0)
 
 
-def find(model: nn.Module, config: dict[str, Any]) -> tuple[Balance | None, str | None]:
-    """(the loss that config.json defines or None, why it is left out although defined or None). Routers get taps."""
+def find(model: nn.Module, config: dict[str, Any], coefficient: float) -> Balance:
+    """The loss of this model, weighed by the coefficient; its routers get taps.
+
+    Raises UserError where the model has no experts, or the layers that choose them are not found.
+    """
     config = config | (config.get("text_config") or {})
-    coefficient, top_k = config.get("router_aux_loss_coef"), config.get("num_experts_per_tok")
-    experts = next((config[name] for name in EXPERTS if config.get(name)), None)
-    if not coefficient or not experts or not top_k:
-        return None, None
+    experts, top_k = (next((config[name] for name in names if config.get(name)), None) for names in (EXPERTS, CHOSEN))
+    flag = f"--router-aux-loss-coef {coefficient:g}"
+    if not experts or not top_k:
+        raise UserError(f"{flag}: a {config.get('model_type')} model has no experts to balance. Leave it out.")
     for _, module in model.named_modules():  # an adapter may stand around a router by now
         module.__class__ = getattr(type(module), "heard_from", type(module))
     routers = _routers(model, experts)
@@ -72,8 +78,8 @@ def find(model: nn.Module, config: dict[str, Any]) -> tuple[Balance | None, str 
     with listening() as heard:
         model(mx.array([[1, 2, 3]]))
     if not routers or [x.size for x in heard] != [3 * experts] * len(routers):
-        return None, "the load-balancing loss is left out: the layers that choose experts were not found"
-    return Balance(float(coefficient), experts, top_k), None
+        raise UserError(f"{flag}: the layers that choose experts were not found in this model. Leave it out.")
+    return Balance(coefficient, experts, top_k)
 
 
 @contextmanager

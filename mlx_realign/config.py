@@ -94,6 +94,8 @@ class TrainSettings:
     """Rank-stabilised scale (arXiv:2312.03732)."""
     full: bool = False
     """Train all weights instead of an adapter."""
+    router_aux_loss_coef: float = 0.0
+    """Weight of the load-balancing loss of a mixture of experts; 0 is off, whatever config.json says."""
     steer: str | None = None
     """Directions, FILE or FILE:coefficient with commas between, added in training only: what they do is not learned."""
     quantize: Literal[4, 8] | None = None
@@ -217,7 +219,7 @@ def check(settings: TrainSettings) -> None:
     positive = "steps epochs batch_size batch_tokens gradient_accumulation learning_rate max_length eval_every".split()
     for name in [*positive, "save_every", "keep", "early_stop", "lora_rank", "lora_alpha", "memory_limit", "kl_max"]:
         _require(settings, name, "above 0", lambda value: 0 < value < float("inf"))
-    for name in ("warmup_steps", "weight_decay", "max_grad_norm", "kl_every"):
+    for name in ("warmup_steps", "weight_decay", "max_grad_norm", "kl_every", "router_aux_loss_coef"):
         _require(settings, name, "0 or more", lambda value: 0 <= value < float("inf"))
     _require(settings, "lora_dropout", "at least 0 and below 1", lambda value: 0 <= value < 1)
     _require(settings, "lora_layers", "-1 (all blocks) or a number of blocks above 0", lambda n: n == -1 or n > 0)

@@ -52,6 +52,7 @@ class Body:
         self.module, self.method = _tapped_head(model, self.tap)
         self.whole = self.module is None
         logits = model(PROBE)
+        mx.eval(logits)
         self.vocabulary = logits.shape[-1]
         self.bare = self.module is not None and self._is_bare(self.module, logits)
 

@@ -1,8 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """From a name to a model in memory: local folder, hub id or the embedded tiny-chat, in a dtype to suit the device."""
 
+import io
 import json
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,6 +15,7 @@ from mlx.utils import tree_flatten, tree_map
 from mlx_lm import utils as mlx_lm_utils
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
+from . import arguments
 from .errors import UserError
 
 EMBEDDED = "tiny-chat"
@@ -77,9 +81,18 @@ def load(
     See TrainSettings for the options. Raises UserError in one line for whatever is missing, broken or unknown.
     """
     folder = find_model(name)
+    notes: list[str] = []
+
+    def classes(config: dict[str, Any]) -> Any:
+        found = _classes(config)
+        notes.extend(arguments.complete(config, *found))
+        return found
+
     try:
-        model, config = mlx_lm_utils.load_model(folder, lazy=True, trust_remote_code=trust_remote_code)
-    except Exception as error:  # whatever a broken folder makes the readers raise
+        model, config = mlx_lm_utils.load_model(
+            folder, lazy=True, get_model_classes=classes, trust_remote_code=trust_remote_code
+        )
+    except Exception as error:  # whatever a broken folder, or a model file, makes the readers raise
         raise UserError(f"--model {name}: cannot be loaded: {_said(error, folder)}") from error
     if reason := WRONG.get(str(config.get("model_type"))):
         raise UserError(f"--model {name}: {reason}")
@@ -88,17 +101,41 @@ def load(
         tokenizer = mlx_lm_utils.load_tokenizer(folder, options, eos_token_ids=config.get("eos_token_id"))
     except Exception as error:
         raise UserError(f"--model {name}: its tokenizer cannot be read: {_said(error, folder)}") from error
-    notes = [_quantize(model, config, quantize)] if quantize else []
-    _cast(model, DTYPES["float32"] if dtype == "auto" and on_cpu() else DTYPES.get(dtype))
-    if on_cpu() and cpu_dequantize == "auto" and _has_quantized(model):
-        mlx_lm_utils.dequantize_model(model)
-        notes.append("quantised weights dequantised at load: a CPU multiplies packed weights 30 times slower")
-    model.eval()
+    with one_line(name, config):
+        notes += [_quantize(model, config, quantize)] if quantize else []
+        _cast(model, DTYPES["float32"] if dtype == "auto" and on_cpu() else DTYPES.get(dtype))
+        if on_cpu() and cpu_dequantize == "auto" and _has_quantized(model):
+            mlx_lm_utils.dequantize_model(model)
+            notes.append("quantised weights dequantised at load: a CPU multiplies packed weights 30 times slower")
+        model.eval()
     try:
         _materialise(model)
     except Exception as error:  # a file that ends too early
         raise UserError(f"--model {name}: its weights cannot be read: {_said(error, folder)}") from error
     return Loaded(model, tokenizer, config, folder, notes, None if config.get("quantization") else quantize)
+
+
+def _classes(config: dict[str, Any]) -> tuple[type, type]:
+    """mlx-lm's model and arguments; a model file that lacks a package prints so and ends the process: caught."""
+    with redirect_stdout(io.StringIO()) as said:
+        try:
+            return mlx_lm_utils._get_classes(config)
+        except SystemExit as error:
+            raise ValueError(
+                said.getvalue().strip() or f"mlx-lm's {config['model_type']} cannot be imported"
+            ) from error
+
+
+@contextmanager
+def one_line(name: str, config: dict[str, Any]) -> Iterator[None]:
+    """Inside, whatever an architecture raises becomes a UserError of one line that names it."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}".rstrip(": ")
+        raise UserError(f"--model {name}: a {config.get('model_type')} model cannot run here: {reason}") from error
 
 
 def _fetch(name: str) -> Path:
@@ -165,5 +202,7 @@ def _said(error: Exception, folder: Path) -> str:
         return f"config.json is not valid JSON: {text}"
     if "required positional argument" in text:  # of the dataclass that mlx-lm reads the config into
         return "config.json lacks " + ", ".join(re.findall(r"'(\w+)'", text))
+    if isinstance(error, AttributeError | TypeError | LookupError | AssertionError):  # of code, not of a reader
+        text = f"its config.json is not as mlx-lm or transformers expects it ({type(error).__name__}: {text})"
     hint = "; --trust-remote-code lets that code run, if you trust it" if "trust_remote_code" in text else ""
     return text[:300] + hint

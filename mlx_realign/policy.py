@@ -17,7 +17,6 @@ from mlx.utils import tree_flatten, tree_map
 from . import adapter, balance, blas, fingerprint, forward, loading
 from .batch import Batch, LossOutput, Scores
 from .config import TrainSettings
-from .errors import UserError
 from .head import Body
 from .kernels import install, token_scores
 from .workers import Workers, cores
@@ -31,17 +30,19 @@ class Policy:
     def __init__(self, loaded: loading.Loaded, name: str) -> None:
         self.model, self.tokenizer, self.config, self.folder, self.notes, self.quantized = loaded
         self.name = name
-        self.sharing = forward.shareable(self.model) is None
         self.even = False  # prompts are shared among those of one length only: this model cannot have padding
         self.workers = Workers(cores() if loading.on_cpu() else 1)
         self.compiled = False
         self.needs: frozenset[str] = frozenset()
+        self.router_aux_loss_coef = 0.0  # of the load-balancing loss; `refresh` makes a change of it count
         self.temperature = 1.0  # logits are divided by it wherever log-probs are taken
         self.groups_rows: bool | None = None  # whether rows that are generated can share a prompt; see decoding
         self.start: dict[str, mx.array] = {}
         self._starts_at_base: bool | None = None
-        self.model.freeze()
-        self.kernels = install(self.model)
+        with loading.one_line(name, self.config):
+            self.sharing = forward.shareable(self.model) is None
+            self.model.freeze()
+            self.kernels = install(self.model)
         self.notes += self.kernels.notes
         if loading.on_cpu() and blas.in_use().wanting and (line := blas.in_use().line()):
             self.notes.append(line)
@@ -92,6 +93,7 @@ class Policy:
 
     def prepare(self, settings: TrainSettings) -> None:
         """Make the wanted parameters trainable; the state this leaves is the reference of the stage."""
+        self.router_aux_loss_coef = settings.router_aux_loss_coef
         if settings.full:
             self.model.unfreeze()
         elif settings.adapter:
@@ -124,13 +126,10 @@ class Policy:
 
     def refresh(self) -> None:
         """Find the head again: it must be called after modules were exchanged. UserError where the model cannot run."""
-        try:
+        with loading.one_line(self.name, self.config):  # the first time the model runs
             self.body = Body(self.model)
-        except Exception as error:  # the first time the model runs: whatever it raises, the user gets one line
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise UserError(f"--model {self.name}: it cannot run on this device in {self.dtype}: {reason}") from error
-        self.balance, left_out = balance.find(self.model, self.config)
-        self.notes += [left_out] if left_out and left_out not in self.notes else []
+        coefficient = self.router_aux_loss_coef
+        self.balance = balance.find(self.model, self.config, coefficient) if coefficient else None
         if self.balance and self.workers.count > 1:  # balance is a matter of the whole batch
             self.workers = Workers(1)
 
@@ -209,7 +208,7 @@ class Policy:
         return self.workers.map(batch, build)
 
     def _loss(self, batch: Batch, loss: Loss, *, gradient: bool = False) -> LossOutput:
-        """The method's loss, and the load-balancing loss where the architecture defines one."""
+        """The method's loss, and the load-balancing loss where it is asked for."""
         if self.balance is None:
             return loss(self.scores(batch, gradient=gradient), batch)
         with balance.listening() as heard:

@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 # pyright: reportMissingImports=false
-"""The load-balancing loss of experts: Hugging Face's numbers, the same by every way, and off where none is defined."""
+"""The load-balancing loss of experts: Hugging Face's numbers, the same by every way, and off unless asked for."""
 
 import json
+import math
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +17,11 @@ from mlx.utils import tree_flatten
 from mlx_lm.utils import load_model
 from policy_tools import assert_same, checkpointed, flat, gap, make_batch, make_model, make_policy, with_sharing
 
+import mlx_realign
 from mlx_realign import adapter, balance, data, forward
 from mlx_realign.balance import Balance
 from mlx_realign.batch import Batch, Completion, Example, LossOutput, Scores
+from mlx_realign.errors import UserError
 from mlx_realign.loading import Loaded
 from mlx_realign.methods import sft
 from mlx_realign.policy import Policy
@@ -28,14 +32,14 @@ sys.path.insert(0, str(GOLDEN))
 from mixture import CONFIG, ROWS, fixed_logits, write_mixture  # noqa: E402
 
 NUMBERS = json.loads((GOLDEN / "balance.json").read_text())
-COEFFICIENT = {"router_aux_loss_coef": 0.7}
 
 
-def moe_policy(arch: str = "qwen3_moe", config: dict[str, Any] | None = None, **lora: Any) -> Policy:
-    """A tiny mixture whose config.json defines the loss."""
+def moe_policy(arch: str = "qwen3_moe", **lora: Any) -> Policy:
+    """A tiny mixture that is asked for the loss."""
     policy = make_policy(make_model(arch), **lora)
     experts = "num_local_experts" if arch in ("gpt_oss", "granitemoe") else "num_experts"
-    policy.config |= {experts: 4, "num_experts_per_tok": 2, **(COEFFICIENT if config is None else config)}
+    policy.config |= {experts: 4, "num_experts_per_tok": 2}
+    policy.router_aux_loss_coef = 0.7
     policy.refresh()
     return policy
 
@@ -71,6 +75,8 @@ def test_loss_and_gradients_are_hugging_faces(sharing: bool, recomputed: bool, t
     """Loss, auxiliary loss and gradients of attention, embedding and routers, all weights trained."""
     model, config = load_model(write_mixture(tmp_path))
     policy = Policy(Loaded(model, None, config, tmp_path, []), "mixture")  # pyright: ignore[reportArgumentType]
+    policy.router_aux_loss_coef = CONFIG["router_aux_loss_coef"]
+    policy.refresh()
     model.unfreeze()
     with_sharing(policy, sharing)
     if recomputed:
@@ -86,7 +92,6 @@ def test_loss_and_gradients_are_hugging_faces(sharing: bool, recomputed: bool, t
     for name, value in expected.items():
         size = np.abs(np.array(value)).max()
         assert np.abs(found[name] / count - np.array(value)).max() <= 1e-4 * size, name
-    assert CONFIG["router_aux_loss_coef"] == policy.balance.coefficient  # pyright: ignore[reportOptionalMemberAccess]
 
 
 @pytest.mark.parametrize("arch", ["qwen3_moe", "olmoe", "gpt_oss", "granitemoe"])
@@ -139,17 +144,48 @@ def test_it_is_weighed_by_the_units_of_the_micro_batch():
 def test_a_batch_is_not_cut_for_workers():
     policy = make_policy(make_model("qwen3_moe"), workers=2)
     assert policy.workers.count == 2
-    policy.config |= {"num_experts": 4, "num_experts_per_tok": 2, **COEFFICIENT}
+    policy.config |= {"num_experts": 4, "num_experts_per_tok": 2, "router_aux_loss_coef": 0.9}
+    policy.refresh()
+    assert policy.workers.count == 2  # what config.json says is not asked for
+    policy.router_aux_loss_coef = 0.1
     policy.refresh()
     assert policy.workers.count == 1
 
 
-@pytest.mark.parametrize("config", [{}, {"router_aux_loss_coef": 0.0}, {"router_aux_loss_coef": None}])
-def test_off_where_the_architecture_defines_none(config: dict[str, Any]):
-    policy = moe_policy(config=config)
-    assert policy.balance is None
-    assert policy.notes == []
-    assert "aux_loss" not in policy.losses(make_batch(), nothing).metrics
+PAIRS = [{"prompt": "Add 2 and 3.", "chosen": "5", "rejected": "I do not know what the sum is."}]
+
+
+def trained(folder: Path, tmp_path: Path, **settings: Any) -> dict[str, Any]:
+    """Metrics of the first step of dpo."""
+    mlx_realign.train(
+        method="dpo", model=str(folder), data=PAIRS, output=str(tmp_path / "out"), steps=1, lora_rank=2, **settings
+    )
+    return json.loads((tmp_path / "out" / "metrics.jsonl").read_text().splitlines()[0])
+
+
+@pytest.mark.parametrize("coefficient", [None, 0.5])
+def test_a_run_has_it_when_asked_and_not_because_of_config_json(
+    coefficient: float | None, tmp_path: Path, model_folder: Callable[..., Path]
+):
+    """gpt-oss publishes a coefficient of 0.9 with `output_router_logits` false: dpo starts at ln 2 all the same."""
+    folder = model_folder("qwen3_moe")
+    config = json.loads((folder / "config.json").read_text()) | {"router_aux_loss_coef": 0.9}
+    (folder / "config.json").write_text(json.dumps(config))
+    asked = {} if coefficient is None else {"router_aux_loss_coef": coefficient}
+    metrics = trained(folder, tmp_path, **asked)
+    expected = math.log(2) + (coefficient or 0.0) * metrics.get("aux_loss", 0.0)
+    assert metrics["loss"] == pytest.approx(expected, abs=1e-6)
+    assert ("aux_loss" in metrics) == (coefficient is not None)
+
+
+def test_asked_of_a_model_without_experts_it_is_an_error(tiny_model_dir: Path, tmp_path: Path):
+    with pytest.raises(UserError, match="^--router-aux-loss-coef 0.01: a llama model has no experts to balance"):
+        trained(tiny_model_dir, tmp_path, router_aux_loss_coef=0.01)
+
+
+def test_a_negative_coefficient_is_refused(tiny_model_dir: Path, tmp_path: Path):
+    with pytest.raises(UserError, match="^--router-aux-loss-coef must be 0 or more, got -1.0"):
+        trained(tiny_model_dir, tmp_path, router_aux_loss_coef=-1.0)
 
 
 def test_routers_that_cannot_be_found_are_said():
@@ -157,11 +193,10 @@ def test_routers_that_cannot_be_found_are_said():
     for layer in forward.layers_of(model):
         layer.mlp.gate.__class__ = Opaque
     policy = make_policy(model)
-    policy.config |= {"num_experts": 4, "num_experts_per_tok": 2, **COEFFICIENT}
-    policy.refresh()
-    policy.refresh()
-    assert policy.balance is None
-    assert policy.notes == ["the load-balancing loss is left out: the layers that choose experts were not found"]
+    policy.config |= {"num_experts": 4, "num_experts_per_tok": 2}
+    policy.router_aux_loss_coef = 0.7
+    with pytest.raises(UserError, match="^--router-aux-loss-coef 0.7: the layers that choose experts were not found"):
+        policy.refresh()
 
 
 class Opaque(nn.Module):

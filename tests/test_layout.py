@@ -21,7 +21,7 @@ LAYERS = [
     {"errors", "cache", "elf", "blas", "batch", "flags", "workers"},
     {"kernels"},
     {"config", "losses", "advantages", "policy_gradient", "policy_terms", "sampling", "directions", "steerability"}
-    | {"adapter", "distributions", "fingerprint", "intervals"},
+    | {"adapter", "arguments", "distributions", "fingerprint", "intervals"},
     {"loading", "head", "balance", "taps", "forward", "policy", "decoding", "rollout", "capture", "writers"}
     | {"vectors", "gguf_vectors", "verifiers", "data"},
     {"methods", "preference", "steering", "ablation"},

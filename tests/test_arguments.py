@@ -1,0 +1,361 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What config.json says reaches mlx-lm's model files wherever it is written, or is refused or told."""
+
+import copy
+import json
+import math
+import shutil
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from conftest import VOCAB_SIZE, write_tokenizer
+from mlx.utils import tree_map_with_path
+from mlx_lm.utils import _get_classes, load_model, save_model
+
+from mlx_realign import arguments, selfcheck
+from mlx_realign.config import TrainSettings
+from mlx_realign.errors import UserError
+from mlx_realign.loading import load
+from mlx_realign.policy import Policy
+
+TOKENS = mx.array([[5, 9, 200, 3, 17, 42, 8, 100, 7, 61, 30, 2]])
+SIZES = {
+    "hidden_size": 64,
+    "num_hidden_layers": 4,
+    "intermediate_size": 128,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "rms_norm_eps": 1e-5,
+    "vocab_size": VOCAB_SIZE,
+    "max_position_embeddings": 512,
+    "tie_word_embeddings": True,
+    "eos_token_id": 257,
+}
+SLIDING = ["sliding_attention", "full_attention"] * 2
+LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64}
+FLAT = {"rope_theta": 300.0, "rope_type": "default"}
+QUARTER = {**FLAT, "partial_rotary_factor": 0.25}
+
+# model type -> (what mlx-lm reads, the same as transformers 5 writes it, the rest)
+WRITTEN: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
+    "llama": ({"rope_theta": 300.0}, {"rope_parameters": FLAT}, {}),
+    "llama, scaled": (
+        {"rope_theta": 300.0, "rope_scaling": {**LLAMA3, "rope_type": "llama3"}},
+        {"rope_parameters": {**FLAT, **LLAMA3, "rope_type": "llama3"}, "rope_scaling": None},
+        {},
+    ),
+    "qwen2": ({"rope_theta": 300.0}, {"rope_parameters": FLAT}, {}),
+    "starcoder2": ({"rope_theta": 300.0}, {"rope_parameters": FLAT}, {"norm_epsilon": 1e-5}),
+    "smollm3": ({"rope_theta": 300.0}, {"rope_parameters": FLAT}, {"no_rope_layer_interval": 2}),
+    "phi": (
+        {"rope_theta": 300.0, "partial_rotary_factor": 0.25},
+        {"rope_parameters": QUARTER},
+        {"num_key_value_heads": 4, "layer_norm_eps": 1e-5},
+    ),
+    "stablelm": (
+        {"rope_theta": 300.0, "partial_rotary_factor": 0.25},
+        {"rope_parameters": QUARTER},
+        {"layer_norm_eps": 1e-5, "use_qkv_bias": False},
+    ),
+    "gpt_neox": (
+        {"rotary_emb_base": 300.0, "rotary_pct": 0.25},
+        {"rope_parameters": QUARTER},
+        {"layer_norm_eps": 1e-5, "intermediate_size": 256},
+    ),
+    "exaone4": (
+        {"rope_theta": 300.0, "rope_scaling": None},
+        {"rope_parameters": FLAT},
+        {"tie_word_embeddings": False, "sliding_window": 4, "sliding_window_pattern": "LGLG", "layer_types": SLIDING},
+    ),
+    "gemma3_text": (
+        {"rope_theta": 300.0, "rope_local_base_freq": 20.0, "sliding_window_pattern": 2},
+        {
+            "rope_parameters": {
+                "full_attention": FLAT,
+                "sliding_attention": {"rope_theta": 20.0, "rope_type": "default"},
+            },
+            "layer_types": SLIDING,
+        },
+        {"sliding_window": 4, "query_pre_attn_scalar": 16},
+    ),
+    "gemma3": (
+        {"text_config": {"rope_theta": 300.0, "rope_local_base_freq": 20.0, "sliding_window_pattern": 2}},
+        {
+            "text_config": {
+                "rope_parameters": {
+                    "full_attention": FLAT,
+                    "sliding_attention": {"rope_theta": 20.0, "rope_type": "default"},
+                },
+                "layer_types": SLIDING,
+            }
+        },
+        {"text_config": {**SIZES, "model_type": "gemma3_text", "sliding_window": 4, "query_pre_attn_scalar": 16}},
+    ),
+}
+
+
+def config_of(arch: str, *parts: dict[str, Any]) -> dict[str, Any]:
+    config: dict[str, Any] = {"model_type": arch.split(",")[0], **SIZES}
+    for part in parts:
+        text = {**config.get("text_config", {}), **part.get("text_config", {})}
+        config |= copy.deepcopy(part) | ({"text_config": text} if text else {})
+    return config
+
+
+def make_model(config: dict[str, Any]) -> Any:
+    """mlx-lm's own, wide enough that positions matter."""
+    model_class, args_class = _get_classes(config)
+    mx.random.seed(0)
+    model = model_class(args_class.from_dict(copy.deepcopy(config)))
+    widen = lambda _, value: value * 2.5 if value.ndim == 2 else value  # noqa: E731
+    model.update(tree_map_with_path(widen, model.parameters()))
+    model.eval()
+    return model
+
+
+def write(folder: Path, model: Any, config: dict[str, Any]) -> Path:
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    save_model(folder, model)
+    (folder / "config.json").write_text(json.dumps(config))
+    write_tokenizer(folder)
+    return folder
+
+
+@pytest.mark.parametrize("arch", WRITTEN)
+def test_what_transformers_5_writes_is_what_mlx_lm_reads(arch: str, tmp_path: Path):
+    explicit, saved, rest = WRITTEN[arch]
+    model = make_model(config_of(arch, rest, explicit))
+    folder = write(tmp_path / "model", model, config_of(arch, rest, saved))
+    loaded = load(str(folder), dtype="float32")
+    np.testing.assert_allclose(loaded.model(TOKENS), model(TOKENS), atol=1e-4)
+    try:
+        unread = load_model(folder)[0](TOKENS)
+    except (TypeError, ValueError, IndexError):
+        return  # mlx-lm asks for what is written elsewhere, or cannot run without it
+    assert np.abs(np.array(unread) - np.array(model(TOKENS))).max() > 0.01, "mlx-lm reads it now"
+
+
+def test_the_angle_of_a_position_is_the_one_config_json_says(tmp_path: Path):
+    """The last of 8 pairs of a head turns by theta^(-7/8) a position."""
+    config = config_of("llama", {"rope_parameters": {"rope_theta": 5000.0, "rope_type": "default"}})
+    model: Any = load(str(write(tmp_path / "model", make_model(config), config)), dtype="float32").model
+    x = mx.zeros((1, 1, 2, 16)).at[..., 7].add(1.0)  # pairs are (i, i + 8)
+    turned = np.array(model.layers[0].self_attn.rope(x, offset=99))[0, 0, 1]
+    angle = 100 * 5000.0 ** (-7 / 8)
+    assert turned[7] == pytest.approx(math.cos(angle), abs=1e-5)
+    assert turned[15] == pytest.approx(math.sin(angle), abs=1e-5)
+
+
+def complete(config: dict[str, Any]) -> list[str]:
+    return arguments.complete(config, *_get_classes(config))
+
+
+def test_what_is_given_stays():
+    config = config_of("llama", {"rope_theta": 10000.0, "rope_parameters": FLAT})
+    assert complete(config) == ["config.json says rope_theta 10000.0, and 300.0 in rope_parameters: the first is taken"]
+    assert config["rope_theta"] == 10000.0
+
+
+def test_names_that_transformers_changed_are_found():
+    """Qwen3-MoE's experts are `num_local_experts` there; infinity is an object."""
+    moe = {"num_local_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "rope_parameters": FLAT}
+    config = config_of("qwen3_moe", moe, {"time_step_limit": [0.0, {"__float__": "Infinity"}]})
+    complete(config)
+    assert config["num_experts"] == 8
+    assert config["time_step_limit"] == [0.0, math.inf]
+
+
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128, "rope_theta": 300.0}
+
+
+@pytest.mark.parametrize(
+    ("arch", "part", "said"),
+    [
+        ("glm", {"rope_parameters": QUARTER}, "partial_rotary_factor 0.25, and mlx-lm's glm has no setting"),
+        ("starcoder2", {"rope_parameters": YARN}, "rope_type yarn, and mlx-lm's starcoder2 has no setting"),
+        ("qwen3_moe", {"rope_parameters": YARN}, "rope_type yarn, and mlx-lm's qwen3_moe has no setting"),
+        ("gptj", {"rope_parameters": FLAT}, "rope_theta 300.0, and mlx-lm's gptj has no setting"),
+        (
+            "llama",
+            {"rope_parameters": {"full_attention": FLAT, "sliding_attention": {**FLAT, "rope_theta": 20.0}}},
+            "differ between full and sliding layers, and mlx-lm's llama has one setting",
+        ),
+        ("gemma3_text", {"layer_types": SLIDING[:2] + ["full_attention"]}, "layer_types has no regular pattern"),
+    ],
+)
+def test_what_cannot_be_passed_on_is_refused(
+    arch: str, part: dict[str, Any], said: str, tmp_path: Path, tiny_model_dir: Path
+):
+    folder = Path(shutil.copytree(tiny_model_dir, tmp_path / "model"))
+    (folder / "config.json").write_text(json.dumps(config_of(arch, part)))
+    with pytest.raises(UserError, match=f"^--model {folder}: cannot be loaded: .*{said}"):
+        load(str(folder))
+
+
+# As they lie in the hub, what names files and tokens left out.
+PUBLISHED: dict[str, dict[str, Any]] = {
+    "Qwen3-0.6B": {
+        **{"model_type": "qwen3", "attention_bias": False, "head_dim": 128, "hidden_act": "silu", "hidden_size": 1024},
+        **{"intermediate_size": 3072, "max_position_embeddings": 40960, "max_window_layers": 28},
+        **{"num_attention_heads": 16, "num_hidden_layers": 28, "num_key_value_heads": 8, "rms_norm_eps": 1e-06},
+        **{"rope_scaling": None, "rope_theta": 1000000, "sliding_window": None, "tie_word_embeddings": True},
+        **{"use_sliding_window": False, "vocab_size": 151936},
+    },
+    "Qwen2.5-0.5B": {
+        **{"model_type": "qwen2", "hidden_act": "silu", "hidden_size": 896, "intermediate_size": 4864},
+        **{"max_position_embeddings": 32768, "max_window_layers": 24, "num_attention_heads": 14},
+        **{"num_hidden_layers": 24, "num_key_value_heads": 2, "rms_norm_eps": 1e-06, "rope_theta": 1000000.0},
+        **{"sliding_window": 32768, "tie_word_embeddings": True, "use_mrope": False, "use_sliding_window": False},
+        **{"vocab_size": 151936},
+    },
+    "Qwen3-30B-A3B": {
+        **{"model_type": "qwen3_moe", "decoder_sparse_step": 1, "head_dim": 128, "hidden_act": "silu"},
+        **{"hidden_size": 2048, "intermediate_size": 6144, "max_position_embeddings": 40960, "mlp_only_layers": []},
+        **{"moe_intermediate_size": 768, "norm_topk_prob": True, "num_attention_heads": 32, "num_experts": 128},
+        **{"num_experts_per_tok": 8, "num_hidden_layers": 48, "num_key_value_heads": 4, "rms_norm_eps": 1e-06},
+        **{"rope_scaling": None, "rope_theta": 1000000.0, "router_aux_loss_coef": 0.001, "sliding_window": None},
+        **{"tie_word_embeddings": False, "use_sliding_window": False, "vocab_size": 151936, "attention_bias": False},
+    },
+    "Llama-3.2-1B": {
+        **{"model_type": "llama", "attention_bias": False, "head_dim": 64, "hidden_act": "silu", "hidden_size": 2048},
+        **{"intermediate_size": 8192, "max_position_embeddings": 131072, "mlp_bias": False, "pretraining_tp": 1},
+        **{"num_attention_heads": 32, "num_hidden_layers": 16, "num_key_value_heads": 8, "rms_norm_eps": 1e-05},
+        "rope_scaling": {
+            **{"factor": 32.0, "high_freq_factor": 4.0, "low_freq_factor": 1.0},
+            **{"original_max_position_embeddings": 8192, "rope_type": "llama3"},
+        },
+        **{"rope_theta": 500000.0, "tie_word_embeddings": True, "vocab_size": 128256},
+    },
+    "SmolLM2-135M": {
+        **{"model_type": "llama", "attention_bias": False, "hidden_act": "silu", "hidden_size": 576, "mlp_bias": False},
+        **{"intermediate_size": 1536, "is_llama_config": True, "max_position_embeddings": 8192},
+        **{"num_attention_heads": 9, "num_hidden_layers": 30, "num_key_value_heads": 3, "pretraining_tp": 1},
+        **{"rms_norm_eps": 1e-05, "rope_interleaved": False, "rope_scaling": None, "rope_theta": 100000},
+        **{"tie_word_embeddings": True, "vocab_size": 49152},
+    },
+    "Mistral-7B-v0.3": {
+        **{"model_type": "mistral", "hidden_act": "silu", "hidden_size": 4096, "intermediate_size": 14336},
+        **{"max_position_embeddings": 32768, "num_attention_heads": 32, "num_hidden_layers": 32},
+        **{"num_key_value_heads": 8, "rms_norm_eps": 1e-05, "rope_theta": 1000000.0, "sliding_window": None},
+        **{"tie_word_embeddings": False, "vocab_size": 32768},
+    },
+    "gemma-3-1b": {
+        **{"model_type": "gemma3_text", "attention_bias": False, "attn_logit_softcapping": None, "head_dim": 256},
+        **{"final_logit_softcapping": None, "hidden_activation": "gelu_pytorch_tanh", "hidden_size": 1152},
+        **{"intermediate_size": 6912, "max_position_embeddings": 32768, "num_attention_heads": 4},
+        **{"num_hidden_layers": 26, "num_key_value_heads": 1, "query_pre_attn_scalar": 256, "rms_norm_eps": 1e-06},
+        **{"rope_local_base_freq": 10000, "rope_scaling": None, "rope_theta": 1000000, "sliding_window": 512},
+        **{"sliding_window_pattern": 6, "vocab_size": 262144, "cache_implementation": "hybrid"},
+    },
+    "gemma-3-4b": {
+        **{"model_type": "gemma3", "mm_tokens_per_image": 256, "vision_config": {"hidden_size": 1152}},
+        "text_config": {
+            **{"hidden_size": 2560, "intermediate_size": 10240, "model_type": "gemma3_text", "sliding_window": 1024},
+            **{"num_hidden_layers": 34, "rope_scaling": {"factor": 8.0, "rope_type": "linear"}},
+        },
+    },
+    "OLMo-2-1B": {
+        **{"model_type": "olmo2", "attention_bias": False, "hidden_act": "silu", "hidden_size": 2048},
+        **{"intermediate_size": 8192, "max_position_embeddings": 4096, "num_attention_heads": 16},
+        **{"num_hidden_layers": 16, "num_key_value_heads": 16, "rms_norm_eps": 1e-06, "rope_scaling": None},
+        **{"rope_theta": 500000, "tie_word_embeddings": False, "vocab_size": 100352},
+    },
+    "SmolLM3-3B": {
+        **{"model_type": "smollm3", "attention_bias": False, "hidden_act": "silu", "hidden_size": 2048},
+        **{"intermediate_size": 11008, "layer_types": ["full_attention"] * 36, "max_position_embeddings": 65536},
+        **{"max_window_layers": 28, "mlp_bias": False, "no_rope_layer_interval": 4, "num_attention_heads": 16},
+        **{"no_rope_layers": [1, 1, 1, 0] * 9, "num_hidden_layers": 36, "num_key_value_heads": 4},
+        **{"rms_norm_eps": 1e-06, "rope_scaling": None, "rope_theta": 5000000.0, "sliding_window": None},
+        **{"use_sliding_window": False, "vocab_size": 128256, "pretraining_tp": 2},
+    },
+    "Mixtral-8x7B": {
+        **{"model_type": "mixtral", "hidden_act": "silu", "hidden_size": 4096, "intermediate_size": 14336},
+        **{"max_position_embeddings": 32768, "num_attention_heads": 32, "num_experts_per_tok": 2},
+        **{"num_hidden_layers": 32, "num_key_value_heads": 8, "num_local_experts": 8, "rms_norm_eps": 1e-05},
+        **{"rope_theta": 1000000.0, "router_aux_loss_coef": 0.02, "sliding_window": None, "vocab_size": 32000},
+    },
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_models_as_published_are_read_in_full(name: str):
+    config = copy.deepcopy(PUBLISHED[name])
+    assert complete(config) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "said"),
+    [
+        ("Qwen2.5-0.5B", {"use_sliding_window": True, "sliding_window": 4096}, "sliding_window 4096, which"),
+        ("Mistral-7B-v0.3", {"sliding_window": 4096}, "sliding_window 4096, which"),
+        ("SmolLM2-135M", {"hidden_act": "gelu"}, "hidden_act gelu, which mlx-lm's llama"),
+        ("gemma-3-1b", {"hidden_activation": "silu"}, "hidden_activation silu, which mlx-lm's gemma3_text"),
+        ("gemma-3-1b", {"final_logit_softcapping": 30.0}, "final_logit_softcapping 30.0, which"),
+        ("Llama-3.2-1B", {"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5, which"),
+        ("Llama-3.2-1B", {"residual_multiplier": 0.22}, "residual_multiplier 0.22, which"),
+        ("Llama-3.2-1B", {"query_pre_attn_scalar": 256}, "query_pre_attn_scalar 256, which"),
+        ("OLMo-2-1B", {"clip_qkv": 8.0}, "clip_qkv 8.0, which"),
+        ("Qwen3-30B-A3B", {"rope_scaling": YARN}, "rope_scaling of type yarn, which"),
+        ("Qwen3-0.6B", {"rope_scaling": {**YARN, "attention_factor": 1.3}}, "rope_scaling.attention_factor 1.3, which"),
+    ],
+)
+def test_a_key_that_changes_the_arithmetic_and_is_not_read_is_told(name: str, change: dict[str, Any], said: str):
+    notes = complete({**copy.deepcopy(PUBLISHED[name]), **change})
+    assert len(notes) == 1
+    assert notes[0].startswith(f"config.json says {said}")
+
+
+def test_notes_reach_the_user(tmp_path: Path):
+    config = config_of("llama", {"rope_theta": 300.0, "hidden_act": "gelu"})
+    folder = write(tmp_path / "model", make_model(config), config)
+    assert load(str(folder)).notes[0].startswith("config.json says hidden_act gelu, which mlx-lm's llama does not read")
+
+
+GRIFFIN = {"conv1d_width": 4, "logits_soft_cap": 30.0, "attention_window_size": 8, "attention_bias": False}
+INDEXED = {
+    **{"moe_intermediate_size": 64, "n_routed_experts": 4, "num_experts_per_tok": 2, "head_dim": 64, "q_lora_rank": 64},
+    **{"qk_rope_head_dim": 32, "o_groups": 2, "o_lora_rank": 32, "sliding_window": 8, "index_n_heads": 4},
+    **{"index_head_dim": 32, "index_topk": 8, "compress_ratios": [0, 4, 0, 4], "candidate_topk_blocks": 4},
+    **{"candidate_block_size": 4, "hc_mult": 2, "hc_sinkhorn_iters": 4, "tie_word_embeddings": False},
+}
+MIXED = {"layer_types": ["conv_mixer", "sliding_attention", "full_attention", "conv_mixer"], "sliding_window": 8}
+
+
+@pytest.mark.parametrize(
+    ("arch", "part", "said"),
+    [
+        (
+            "recurrent_gemma",
+            {**GRIFFIN, "rope_theta": 1e4, "block_types": ["recurrent", "attention"]},
+            "a recurrent_gemma model cannot run here: AttributeError: .*_no_grad",
+        ),
+        ("gear", MIXED, "its tokenizer cannot be read: .*layer_types"),
+        ("bitnet", {"num_key_value_heads": 4}, "a bitnet model cannot run here: RuntimeError: .*Metal"),
+        ("deepseek_v41", INDEXED, "a deepseek_v41 model cannot be trained here: ValueError: .*gather_axis"),
+    ],
+)
+def test_an_architecture_that_cannot_work_ends_in_one_line(arch: str, part: dict[str, Any], said: str, tmp_path: Path):
+    """All but bitnet on Metal; where one works one day, it comes off the list in the README."""
+    if arch == "bitnet" and mx.metal.is_available():
+        pytest.skip("Metal runs it")
+    config = config_of(arch, part)
+    folder = write(tmp_path / "model", make_model(config), config)
+    with pytest.raises(UserError, match=f"^--model {folder}: {said}") as caught:
+        selfcheck.run(Policy.from_settings(TrainSettings(model=str(folder), lora_rank=2)))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_model_file_that_ends_the_process_is_one_line(
+    tmp_path: Path, tiny_model_dir: Path, capsys: pytest.CaptureFixture[str]
+):
+    """mlx-lm's olmo prints what to install and exits; OLMo 2 is another file."""
+    folder = Path(shutil.copytree(tiny_model_dir, tmp_path / "model"))
+    (folder / "config.json").write_text(json.dumps(config_of("olmo", {})))
+    with pytest.raises(UserError, match=f"^--model {folder}: cannot be loaded: To run olmo install ai2-olmo"):
+        load(str(folder))
+    assert capsys.readouterr().out == ""
