@@ -36,7 +36,7 @@ class Policy:
         self.compiled = False
         self.needs: frozenset[str] = frozenset()
         self.temperature = 1.0  # logits are divided by it wherever log-probs are taken
-        self.groups_rows: bool | None = None  # whether rows that are generated can share a prompt; see decoding
+        self.tried: dict[str, str | None] = {}  # ways of generating: what is wrong with each, None if nothing; see ways
         self.start: dict[str, mx.array] = {}
         self._starts_at_base: bool | None = None
         self.model.freeze()
@@ -159,6 +159,11 @@ class Policy:
             real = mx.arange(batch.prompt.shape[1] - 1)[None] >= batch.prompt_pad[:, None]
             scores = scores._replace(prompt_logps=mx.where(real, found.logps[count:].reshape(real.shape), 0))
         return scores
+
+    @property
+    def groups_rows(self) -> bool | None:
+        """Whether attention reads a prompt once for all rows that are generated from it; None: not found out yet."""
+        return self.sharing and self.tried["grouped"] is None if "grouped" in self.tried else None
 
     @property
     def vocabulary(self) -> int:
