@@ -22,6 +22,7 @@ from .batch import Batch
 
 WINDOW = 4  # attention windows are shrunk to this for a check, so that a short prompt is longer than them
 WINDOWS = "window window_size sliding_window sliding_window_size attention_window_size loop_window_size".split()
+WINDOWS += ["attention_chunk_size"]
 
 Hidden = Callable[..., mx.array]  # (tokens, cache=None) -> hidden states [rows, columns, D]
 
@@ -98,10 +99,11 @@ def windows(model: nn.Module) -> list[int | None]:
 
 @contextmanager
 def shrunk_windows(model: nn.Module) -> Iterator[None]:
-    """Inside, every sliding attention window of the model is 4 tokens."""
+    """Inside, every sliding attention window of the model, and every chunk, is 4 tokens."""
     before: list[tuple[Any, str, int]] = []
     for module in (m for _, m in model.named_modules()):
-        for holder in (module, *(getattr(module, name, None) for name in ("args", "config"))):
+        settings = [getattr(module, name, None) for name in ("args", "config")]
+        for holder in (module, *settings, *(getattr(one, "text_config", None) for one in settings)):
             for name in WINDOWS:
                 value = getattr(holder, name, None)
                 if isinstance(value, int) and not isinstance(value, bool) and value > WINDOW:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One token at a time over mlx-lm's own caches, for models whose prompts cannot be shared: state spaces, hybrids, chunks.
+"""One token at a time over mlx-lm's own caches, for models whose prompts cannot be shared: state spaces, hybrids.
 
 Rows that are made together begin together and are always at the same column: no row has padding, which would leak into
 a state that sums up all tokens. A prompt is computed once for its group, as far as all prompts of the batch reach; what
@@ -20,8 +20,8 @@ from .sampling import Sampling, pick
 
 
 class Stepper:
-    """As `decoding.Decoder`; a step computes what all rows have and is not computed yet, then gives those a token whose
-    prompts have ended."""
+    """As `decoding.Decoder`; a step computes what all rows have and is not computed yet, then those whose prompts have
+    ended get a token."""
 
     joins = False  # whether rows can join those under way
 
@@ -34,8 +34,8 @@ class Stepper:
         self.seen: mx.array | None = None
 
     def admits(self, row: Row, live: Sequence[Row], new: Sequence[Row]) -> bool:
-        """Whether a row may begin with `new` ones: its prompt is not so much longer that feeding it takes more steps than
-        a batch of its own would save."""
+        """Whether a row may begin with `new` ones: feeding what its prompt is longer by must take fewer steps than a
+        batch of its own would."""
         return not live and len(row.prompt) - len(new[0].prompt) <= self.sampling.max_new_tokens // 2
 
     def exchange(self, kept: Sequence[Row], new: Sequence[Row]) -> None:

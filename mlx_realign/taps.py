@@ -78,7 +78,8 @@ def tell(
     """Inside, models that run without caches of ours know each row's configuration and last prompt token.
 
     Both int32 [B], or [1] for all rows. start: position of the first column, the same in all rows, for caches that
-    count no tokens; who gives it moves what taps keep with a cache as he moves the rows in it. Not for compiled functions: these would keep what they were told first.
+    count no tokens; who gives it moves what taps keep with a cache as he moves the rows in it. Not for compiled
+    functions: these would keep what they were told first.
     """
     before = _now.told
     _now.told = {"variant": variant, "last_prompt": last_prompt, "start": start}

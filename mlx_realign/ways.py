@@ -65,7 +65,7 @@ def tried(policy: Policy, way: str) -> str | None:
                 policy.tried[way] = _judged(policy, _made(policy, way))
             except Exception as error:  # whatever an architecture raises, there is another way
                 said = str(error).strip().splitlines()
-                policy.tried[way] = f"{way}: {type(error).__name__}{f': {said[0][:160]}' if said else ''}"
+                policy.tried[way] = f"{type(error).__name__}{f': {said[0][:160]}' if said else ''}"
     return policy.tried[way]
 
 
