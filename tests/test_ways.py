@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Whatever caches a model has, its rollouts, steered ones and chats are those of plain passes over whole rows."""
 
+from copy import copy
 from typing import Any
 
 import mlx.core as mx
@@ -105,14 +106,14 @@ def test_rollouts_have_the_log_probs_of_plain_passes(policy):
 
 def test_what_is_steered_begins_behind_each_prompt(policy):
     """Against a vector added by hand at the columns of a whole row that come after its prompt."""
-    vector = 0.3 * np.random.default_rng(1).normal(size=64)
+    vector = (0.3 * np.random.default_rng(1).normal(size=64)).astype(np.float32)
     greedy, path = Sampling(max_new_tokens=6, temperature=0), taps.blocks(policy.model)[0]
     base = rollout.rollout(policy, TOKENS, greedy, group_size=2, rows=5)
     with steer(policy, Steer(Direction({0: vector}), positions="generated")):
         groups = rollout.rollout(policy, TOKENS, greedy, group_size=2, rows=5)
     moved = 0
     for prompt, group, (was, _) in zip(TOKENS, groups, base, strict=True):
-        behind = lambda h, _, n=len(prompt): h + mx.where(mx.arange(h.shape[1])[:, None] >= n, mx.array(vector), 0)  # noqa: E731
+        behind = lambda h, _, p=prompt: h + mx.where(mx.arange(h.shape[1])[:, None] >= len(p), mx.array(vector), 0)  # noqa: E731
         handle = taps.put(policy.model, path, behind)
         for one in group:
             expected = plain(policy.model, prompt, one.tokens)[np.arange(len(one.tokens)), one.tokens]
@@ -135,15 +136,10 @@ def test_a_way_that_is_wrong_is_not_taken(kind, broken, monkeypatch):
     def decoder(policy: Policy, way: str, sampling: Sampling) -> Any:
         found = made(policy, way, sampling)
         if way in wrong:
-            step, factor = found.step, mx.array(np.random.default_rng(0).normal(1, 0.1, 64))
-            body = policy.body.hidden
-
-            def stepped() -> None:
-                policy.body.hidden = lambda *a: body(*a) * factor
-                step()
-                policy.body.hidden = body
-
-            found.step = stepped
+            factor = mx.array(np.random.default_rng(0).normal(1, 0.1, 64))
+            found.policy = copy(policy)
+            found.policy.body = copy(policy.body)
+            found.policy.body.hidden = lambda *a: policy.body.hidden(*a) * factor  # pyright: ignore
         return found
 
     monkeypatch.setattr(ways, "decoder", decoder)
@@ -155,9 +151,11 @@ def test_a_way_that_is_wrong_is_not_taken(kind, broken, monkeypatch):
     check(policy, rollout.rollout(policy, TOKENS, asked, group_size=2, seed=1, rows=3))
 
 
-@pytest.mark.parametrize("cached", [True, False])
-def test_a_chat_goes_on_from_its_cache_or_begins_anew_and_is_right_either_way(policy, cached, tiny_model_dir):
+@pytest.mark.parametrize("kind", [*KINDS, "uncached"])
+def test_a_chat_goes_on_from_its_cache_or_begins_anew_and_is_right_either_way(kind, monkeypatch, tiny_model_dir):
     """A turn that goes on, one that takes back the last words, one that takes back more than a chunk holds."""
+    cached = kind != "uncached"
+    policy = policy_of(kind if cached else "llama", monkeypatch)
     policy.tokenizer = Policy.load(str(tiny_model_dir)).tokenizer
     policy.tokenizer.eos_token_ids = set()
     if not cached:
