@@ -233,7 +233,8 @@ def main(argv: list[str]) -> int:
     policy.tokenizer.eos_token_ids = policy.tokenizer.eos_token_ids | data.stop_ids(policy.tokenizer)
     if settings.seed is not None:
         mx.random.seed(settings.seed)
-    for note in policy.notes:
+    wrong = ways.tried(policy, "alone")
+    for note in (*policy.notes, *([f"{ways.NOTES['whole']}: {wrong}"] if wrong else [])):
         print(note, file=sys.stderr)
     session = Session(policy, settings)
     if text is None:

@@ -50,8 +50,8 @@ def rollout(
     blas.set_threads(1 if policy.parameters < SMALL else cores())
     _check(policy, prompts, variants)
     try:
-        way, note = ways.check(policy)
-        policy.notes += [note] if note and note not in policy.notes else []
+        way = ways.check(policy)[0]
+        policy.notes += [note for note in ways.notes(policy) if note not in policy.notes]
         most = rows if way in ways.TOGETHER else 1
         decoder = ways.decoder(policy, way, sampling)
         groups: list[list[Row]] = []  # one larger than the batch in pieces

@@ -30,7 +30,7 @@ NOTES = {
     "copied": "a prompt's keys and values are copied to each of its rollouts",
     "together": "rollouts do not share prompts' keys and values",
     "alone": "rollouts are made one at a time, which is slow",
-    "whole": "each token of a rollout takes a pass over its whole text, which is slow",
+    "whole": "each token takes a pass over the whole text, which is slow",
 }
 
 
@@ -43,6 +43,12 @@ def check(policy: Policy) -> tuple[str, str | None]:
             return way, reason and f"{NOTES[way]}: {reason}"
         reason = reason if way in SHARED and reason else wrong
     return "whole", f"{NOTES['whole']}: {reason}"
+
+
+def notes(policy: Policy) -> list[str]:
+    """What `check` has to say."""
+    note = check(policy)[1]
+    return [note] if note else []
 
 
 def shares(policy: Policy) -> bool:
@@ -76,12 +82,11 @@ def _made(policy: Policy, way: str) -> list[Row]:
     rows = [Row(prompt, i, numbers((0, j), 8)) for j, (prompt, i) in enumerate([(first, 0), (first, 0), (second, 1)])]
     if isinstance(maker, Decoder):
         maker.compiled = None  # what is compiled is the same, and takes longer to make than this
-    if way in OWN[1:]:
-        for row in rows[1:]:
-            maker.exchange([], [row])
-            for _ in range(4):
-                maker.step()
-        return rows[1:]
+    if way == "alone":
+        maker.exchange([], rows[:1])
+        for _ in range(4):
+            maker.step()
+        return rows[:1]
     begun = rows[:2] if maker.joins else rows
     maker.exchange([], begun)
     maker.step()
