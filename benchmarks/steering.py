@@ -74,7 +74,7 @@ def _turned(direction: Direction) -> Direction:
 def decoder(policy: Policy, rows: int, tokens: int, variants: bool) -> Decoder:
     """Rows of one prompt, computed, after the steps that are not timed."""
     prompt = np.array(data.encode_prompt(PROMPT, policy.tokenizer), np.int32)
-    made = Decoder(policy, Sampling(max_new_tokens=tokens + WARM_UP, temperature=0))
+    made = Decoder(policy, Sampling(max_new_tokens=tokens + WARM_UP, temperature=0), grouped=True)
     zeros = np.zeros(tokens + WARM_UP, np.float32)
     made.exchange([], [Row(prompt, i, zeros, variant=i if variants else 0) for i in range(rows)])
     for _ in range(WARM_UP):

@@ -18,7 +18,6 @@ from .kernels.grouped_attention import Groups, fused
 from .policy import Policy
 from .sampling import Sampling, pick
 
-NEAR = 0.05  # relative, of hidden states: above what short floats and TF32 differ by, far below a key that is missed
 COLUMNS = 64  # own keys and values grow by this many tokens at least
 PREFILL_TOKENS = 8192  # padded tokens of prompts that are computed together
 
@@ -156,9 +155,12 @@ class GroupCache:
 class Decoder:
     """Rows in the making; each `step` gives every row a token."""
 
-    def __init__(self, policy: Policy, sampling: Sampling) -> None:
+    joins = True  # whether rows can join those under way
+
+    def __init__(self, policy: Policy, sampling: Sampling, *, grouped: bool) -> None:
+        """grouped: attention goes through `GroupCache.attend`; else keys and values of prompts are copied to rows."""
         self.policy, self.sampling, self.board = policy, sampling, Board()
-        self.board.grouped, self.board.lent = grouped(policy), lends(policy)
+        self.board.grouped, self.board.lent = grouped, lends(policy)
         self.caches = [GroupCache(self.board, window) for window in windows(policy.model)]
         self.seen: mx.array | None = None
         self.compiled = mx.compile(self._compute, inputs=[policy.model.state]) if policy.compiled else None
@@ -167,6 +169,10 @@ class Decoder:
     def rows(self) -> list[Row]:
         """Those in the batch, done or not."""
         return self.board.rows
+
+    def admits(self, row: Row, live: Sequence[Row], new: Sequence[Row]) -> bool:
+        """Whether a row may join `live` and `new` ones: always."""
+        return True
 
     def exchange(self, kept: Sequence[Row], new: Sequence[Row]) -> None:
         """Only `kept` rows stay, in their order; new ones join, their prompts computed once per group."""
@@ -194,7 +200,7 @@ class Decoder:
         pad += [width - (len(row.prompt) - 1) for row in fresh.values()]
         board.arrange([*kept, *new], [*groups, *fresh], np.array(pad, np.int32))
         if self.sampling.repetition_penalty != 1:
-            self.seen = mx.array(np.stack([self._had(row) for row in board.rows]))
+            self.seen = had(board.rows, self.policy.vocabulary)
 
     def step(self) -> None:
         """The next token of every row, with its log-prob, appended to it."""
@@ -284,10 +290,13 @@ class Decoder:
         wider = -column % COLUMNS or COLUMNS
         return tuple(mx.pad(x, [(0, new), (0, 0), (0, wider), (0, 0)]) for x in kept)
 
-    def _had(self, row: Row) -> np.ndarray:
-        had = np.zeros(self.policy.vocabulary, bool)
-        had[np.concatenate([row.prompt, np.array(row.tokens, np.int32)])] = True
-        return had
+
+def had(rows: Sequence[Row], vocabulary: int) -> mx.array:
+    """bool [B, V]: the tokens of each row and its prompt."""
+    found = np.zeros((len(rows), vocabulary), bool)
+    for one, row in zip(found, rows, strict=True):
+        one[np.concatenate([row.prompt, np.array(row.tokens, np.int32)])] = True
+    return mx.array(found)
 
 
 def _cut(rows: list[Row], at_once: int, even: bool) -> Iterator[list[Row]]:
@@ -306,34 +315,3 @@ def _joined(old: dict[str, mx.array], stay: mx.array, made: dict[str, mx.array],
 def lends(policy: Policy) -> bool:
     """Whether some layers have no keys and values of their own."""
     return len(layers_of(policy.model)) > len(windows(policy.model))
-
-
-def grouped(policy: Policy) -> bool:
-    """Whether this model's attention goes through the function that lets rows share a prompt; found out once."""
-    if policy.groups_rows is None:
-        try:
-            (alone, _), (together, attended) = _probe(policy, False), _probe(policy, True)
-        except (AttributeError, TypeError):  # it computes with keys that are lent
-            policy.groups_rows = False
-        else:
-            off = mx.linalg.norm(together - alone) / mx.linalg.norm(alone)
-            policy.groups_rows = attended and float(off) < NEAR
-    return policy.groups_rows
-
-
-def _probe(policy: Policy, on: bool) -> tuple[mx.array, bool]:
-    """Hidden states of one token behind a prompt, and whether every cache was asked to attend."""
-    board, model = Board(), policy.model
-    board.grouped, board.lent = on, lends(policy)
-    caches = [GroupCache(board, window) for window in windows(model)]
-    recorders = record(model, mx.array([0]), 2)
-    policy.body.hidden(mx.array([[1, 2]]), recorders)
-    for cache, recorder in zip(caches, recorders, strict=True):
-        cache.prompt = recorder.kv
-    board.width, board.held = 2, np.zeros(1, np.int32)
-    board.arrange([Row(np.array([1, 2, 3], np.int32), 0, np.zeros(1))], [0], np.zeros(1, np.int32))
-    board.begin()
-    for cache in caches:
-        cache.reserve()
-    hidden = policy.body.hidden(mx.array([[3]]), caches)
-    return hidden.astype(mx.float32), all(cache.attended for cache in caches)

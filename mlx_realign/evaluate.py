@@ -21,7 +21,7 @@ from typing import Any, Literal
 
 from rich.console import Console
 
-from . import adapter, cli, data, flags, rollout, verifiers
+from . import adapter, cli, data, flags, rollout, verifiers, ways
 from .config import TrainSettings
 from .data import formats, pipeline
 from .data import source as sources
@@ -108,7 +108,7 @@ def main(argv: list[str]) -> int:
     with ExitStack() as stack:
         status = stack.enter_context(Console(stderr=True).status(f"loading {settings.model}"))
         policy = Policy.load(settings.model, adapter=settings.adapter, **options)
-        for note in policy.notes:
+        for note in (*policy.notes, *ways.notes(policy)):
             print(note, file=sys.stderr)
         record = recorder(Path(settings.output), stack) if settings.output else _nothing
         began = time.perf_counter()

@@ -7,7 +7,8 @@ without padding. Plain: one right-padded row per completion. All return hidden s
 tokens and those that predict the prompts' own; the head is applied elsewhere, in chunks, to those that are asked for.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -19,6 +20,10 @@ from mlx_lm.models.cache import KVCache, RotatingKVCache, make_prompt_cache
 
 from . import balance, taps
 from .batch import Batch
+
+WINDOW = 4  # attention windows are shrunk to this for a check, so that a short prompt is longer than them
+WINDOWS = "window window_size sliding_window sliding_window_size attention_window_size loop_window_size".split()
+WINDOWS += ["attention_chunk_size"]
 
 Hidden = Callable[..., mx.array]  # (tokens, cache=None) -> hidden states [rows, columns, D]
 
@@ -91,6 +96,25 @@ def shareable(model: nn.Module) -> str | None:
 def windows(model: nn.Module) -> list[int | None]:
     """Of each layer's attention: how many tokens it looks back, None without a limit."""
     return [getattr(entry, "max_size", None) for entry in make_prompt_cache(model)]
+
+
+@contextmanager
+def shrunk_windows(model: nn.Module) -> Iterator[None]:
+    """Inside, every sliding attention window of the model, and every chunk, is 4 tokens."""
+    before: list[tuple[Any, str, int]] = []
+    for module in (m for _, m in model.named_modules()):
+        settings = [getattr(module, name, None) for name in ("args", "config")]
+        for holder in (module, *settings, *(getattr(one, "text_config", None) for one in settings)):
+            for name in WINDOWS:
+                value = getattr(holder, name, None)
+                if isinstance(value, int) and not isinstance(value, bool) and value > WINDOW:
+                    before.append((holder, name, value))
+                    setattr(holder, name, WINDOW)
+    try:
+        yield
+    finally:
+        for holder, name, value in before:
+            setattr(holder, name, value)
 
 
 def record(model: nn.Module, pad: mx.array, width: int, variant: mx.array | None = None) -> list[PromptRecorder]:

@@ -9,16 +9,17 @@ Prompts are rendered and tokenised exactly as in training. Without --prompt, tex
 
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import mlx.core as mx
+import mlx.nn as nn
 from mlx_lm.generate import GenerationResponse, stream_generate
 from mlx_lm.models import cache as kv
 from mlx_lm.sample_utils import make_sampler
 
-from . import cli, data, flags
+from . import cli, data, flags, taps, ways
 from .errors import UserError
 from .policy import Policy
 
@@ -61,46 +62,82 @@ class Settings:
     """Print one JSON object (completion, token counts, speed) instead of streaming text."""
 
 
+class Runner(nn.Module):
+    """A model as mlx-lm's generator calls it. Taps on it know where in the text it is and where the prompt ends.
+
+    cached: whether its caches are right; otherwise each call computes the whole text.
+    """
+
+    def __init__(self, model: nn.Module, fed: int, last_prompt: int, cached: bool) -> None:
+        self.model, self.fed, self.last_prompt, self.cached = model, fed, last_prompt, cached
+        self.text = mx.zeros((1, 0), mx.int32)
+
+    def __call__(self, tokens: mx.array, cache: list[Any]) -> mx.array:
+        start, last = self.fed, mx.array([self.last_prompt])
+        self.fed += tokens.shape[1]
+        if self.cached:
+            with taps.tell(start=start, last_prompt=last):
+                return self.model(tokens, cache=cache)
+        self.text = mx.concatenate([self.text, tokens], 1)
+        with taps.tell(start=0, last_prompt=last):
+            return self.model(self.text)[:, start:]
+
+
 @dataclass
 class Session:
-    """A model's key-value cache between turns: what the next prompt shares with it is not computed again."""
+    """A model's cache between turns: what the next prompt shares with it is not computed again."""
 
     policy: Policy
     settings: Settings
     cache: list[Any] = field(default_factory=list)
-    fed: list[int] = field(default_factory=list)
+    fed: list[int] = field(default_factory=list)  # the tokens that are in it
 
     def stream(self, prompt: list[int]) -> Iterator[GenerationResponse]:
         """Completes prompt tokens piece by piece; ends at an end-of-turn token or after max_new_tokens."""
         rest = self._reuse(prompt)
         asked = self.settings
         sampler = make_sampler(asked.temperature, asked.top_p, asked.min_p, top_k=asked.top_k)
-        self.fed = list(prompt)
-        pieces = stream_generate(
-            self.policy.model,
-            self.policy.tokenizer,
-            rest,
-            max_tokens=asked.max_new_tokens,
-            sampler=sampler,
-            prompt_cache=self.cache,
-        )
-        for piece in pieces:
-            self.fed.append(piece.token)
+        runner = Runner(self.policy.model, len(prompt) - len(rest), len(prompt) - 1, self._cached)
+        options = {"max_tokens": asked.max_new_tokens, "sampler": sampler, "prompt_cache": self.cache}
+        said: list[int] = []
+        self.fed = []  # nothing is known of a cache whose computation breaks off
+        for piece in stream_generate(runner, self.policy.tokenizer, rest, **options):
+            said.append(piece.token)
+            self.fed = [*prompt, *said][: runner.fed]
             yield piece
 
     def _reuse(self, prompt: list[int]) -> list[int]:
         """Trims the cache to what it shares with the prompt and returns the tokens still to feed, at least one."""
-        held = getattr(self.cache[0], "offset", 0) if self.cache else 0
         shared = 0
-        for old, new in zip(self.fed[:held], prompt[:-1], strict=False):
+        for old, new in zip(self.fed, prompt[:-1], strict=False):
             if old != new:
                 break
             shared += 1
-        if not shared or not kv.can_trim_prompt_cache(self.cache):
-            self.cache, shared = kv.make_prompt_cache(self.policy.model), 0
-        else:
-            kv.trim_prompt_cache(self.cache, held - shared)
+        if not shared or not self._cached or not trimmed(self.cache, len(self.fed) - shared):
+            self.cache, shared = kv.make_prompt_cache(self.policy.model) if self._cached else [], 0
         return prompt[shared:]
+
+    @property
+    def _cached(self) -> bool:
+        return ways.tried(self.policy, "alone") is None
+
+
+def trimmed(caches: Sequence[Any], count: int) -> bool:
+    """Whether these caches could forget their last `count` tokens, and have; else they are good for nothing more.
+
+    States that sum up all tokens cannot, nor can windows that have let go of what comes before them.
+    """
+    if not count:
+        return True
+    for cache in caches:
+        if hasattr(cache, "caches"):
+            done = trimmed(cache.caches, count)
+        else:
+            moved_on = getattr(cache, "start_position", 0) > 0
+            done = cache.empty() or (cache.is_trimmable() and not moved_on and cache.trim(count) == count)
+        if not done:
+            return False
+    return True
 
 
 def check(settings: Settings) -> None:
@@ -196,7 +233,8 @@ def main(argv: list[str]) -> int:
     policy.tokenizer.eos_token_ids = policy.tokenizer.eos_token_ids | data.stop_ids(policy.tokenizer)
     if settings.seed is not None:
         mx.random.seed(settings.seed)
-    for note in policy.notes:
+    wrong = ways.tried(policy, "alone")
+    for note in (*policy.notes, *([f"{ways.NOTES['whole']}: {wrong}"] if wrong else [])):
         print(note, file=sys.stderr)
     session = Session(policy, settings)
     if text is None:

@@ -13,7 +13,7 @@ import mlx.core as mx
 import numpy as np
 
 from . import advantages as adv
-from . import data, rollout
+from . import data, rollout, ways
 from .batch import Batch, Completion, Example
 from .errors import UserError
 from .feed import Feed, Micro
@@ -47,6 +47,8 @@ class GroupFeed(Feed):
             self.judge = Judge(config.verifier, config.reward_weights, config.shaping, unsafe_code=config.unsafe_code)
             for note in self.judge.notes:
                 say(note)
+        for note in ways.notes(self.policy) if self.online else ():
+            say(note)
         self.rewards = self.judge is not None and self.held_out is not None
         self._refuse_unfit()
 

@@ -36,7 +36,7 @@ class Policy:
         self.needs: frozenset[str] = frozenset()
         self.router_aux_loss_coef = 0.0  # of the load-balancing loss; `refresh` makes a change of it count
         self.temperature = 1.0  # logits are divided by it wherever log-probs are taken
-        self.groups_rows: bool | None = None  # whether rows that are generated can share a prompt; see decoding
+        self.tried: dict[str, str | None] = {}  # ways of generating: what is wrong with each, None if nothing; see ways
         self.start: dict[str, mx.array] = {}
         self._starts_at_base: bool | None = None
         with loading.one_line(name, self.config):
@@ -51,7 +51,7 @@ class Policy:
     def close(self) -> None:
         """Give the model's modules back mlx-lm's own functions; the policy goes on working, by those. Twice is once."""
         self.kernels.close()
-        self.groups_rows = False  # it takes ours
+        self.tried.clear()  # ways of generating took ours
         if self.compiled:
             self.compile()  # traces hold what they were made with
 
@@ -177,6 +177,11 @@ class Policy:
         """Hidden states by the fastest way that is right for this model."""
         shared = forward.even if self.even else forward.shared
         return (shared if self.sharing else forward.plain)(self.model, self.body.hidden, batch)
+
+    @property
+    def groups_rows(self) -> bool | None:
+        """Whether attention reads a prompt once for all rows that are generated from it; None: not found out yet."""
+        return self.sharing and self.tried["grouped"] is None if "grouped" in self.tried else None
 
     @property
     def vocabulary(self) -> int:

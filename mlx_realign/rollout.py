@@ -2,23 +2,21 @@
 """Prompts -> completions of the policy as it stands, many at a time, with the log-probs they were sampled with.
 
 The adapter in training is used directly. Each prompt is computed once for all its completions; rows that end leave the
-batch and waiting prompts take their place.
+batch and waiting prompts take their place, or begin together where a model's caches allow no more (see `ways`).
 """
 
 from collections import deque
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import mlx.core as mx
 import numpy as np
-from mlx_lm.generate import BatchGenerator
-from mlx_lm.sample_utils import make_logits_processors, make_sampler
 
-from . import blas, data, taps
+from . import blas, data, taps, ways
 from .decoding import Decoder, Row
 from .errors import UserError
 from .policy import Policy
 from .sampling import Sampling, numbers
+from .stepping import Stepper
 from .workers import cores
 
 SMALL = 20e6  # parameters; the matrices of a smaller model are multiplied three times faster by one thread than by two
@@ -52,17 +50,24 @@ def rollout(
     blas.set_threads(1 if policy.parameters < SMALL else cores())
     _check(policy, prompts, variants)
     try:
-        asked = policy, [np.array(p, np.int32) for p in prompts], sampling, group_size, seed
-        if policy.sharing:
-            return _shared(*asked, rows, variants or [0] * len(prompts))
-        if variants and any(variants):
-            raise UserError(f"--model {policy.name}: its prompts cannot be shared, so rows of a batch cannot differ")
-        try:
-            return _alone(*asked, rows)
-        except ValueError:  # a model that takes no batch of unequal prompts, gemma2 for one
-            return _alone(*asked, 1)
+        way = ways.check(policy)[0]
+        policy.notes += [note for note in ways.notes(policy) if note not in policy.notes]
+        most = rows if way in ways.TOGETHER else 1
+        decoder = ways.decoder(policy, way, sampling)
+        groups: list[list[Row]] = []  # one larger than the batch in pieces
+        for i, prompt in enumerate(prompts):
+            for start in range(0, group_size, most):
+                members, ids = range(start, min(start + most, group_size)), np.array(prompt, np.int32)
+                variant = variants[i] if variants else 0
+                draw = [numbers((seed, i, member), sampling.max_new_tokens) for member in members]
+                both = zip(draw, members, strict=True)
+                groups.append([Row(ids, len(groups), drawn, (i, member), variant) for drawn, member in both])
+        if not decoder.joins:  # then rows that begin together are the more alike
+            groups.sort(key=lambda group: len(group[0].prompt))
+        found = _made(policy, decoder, deque(groups), sampling, most)
     finally:
         blas.set_threads(cores())
+    return [[found[i, member] for member in range(group_size)] for i in range(len(prompts))]
 
 
 def _check(policy: Policy, prompts: Sequence[Any], variants: Sequence[int] | None) -> None:
@@ -92,37 +97,31 @@ def complete(
     return [group[0].text for group in rollout(policy, tokens, asked, seed=chosen, rows=batch_size)]
 
 
-def _shared(
+def _made(
     policy: Policy,
-    prompts: list[np.ndarray],
+    decoder: Decoder | Stepper,
+    waiting: deque[list[Row]],
     sampling: Sampling,
-    group_size: int,
-    seed: int,
     rows: int,
-    variants: Sequence[int],
-) -> list[list[Generated]]:
-    ends, decoder = _ends(policy), Decoder(policy, sampling)
-    waiting: deque[list[Row]] = deque()  # a group at a time; one larger than the batch in pieces
-    for i, prompt in enumerate(prompts):
-        for start in range(0, group_size, rows):
-            members = range(start, min(start + rows, group_size))
-            draw = lambda member, i=i: numbers((seed, i, member), sampling.max_new_tokens)  # noqa: E731
-            waiting.append([Row(prompt, len(waiting), draw(m), (i, m), variants[i]) for m in members])
-    found: dict[tuple[int, int], Generated] = {}
+) -> dict[tuple[int, int], Generated]:
+    """The completion of every row, by its tag; waiting: groups of rows, at most `rows` in each."""
+    ends, found = _ends(policy), {}
     while waiting or not all(row.done for row in decoder.rows):
         live = [row for row in decoder.rows if not row.done]
         done = len(decoder.rows) - len(live)
         if not live or done * LEAVE >= len(decoder.rows):
-            new: list[Row] = []
-            while waiting and (not live and not new or len(live) + len(new) + len(waiting[0]) <= rows):
+            new: list[Row] = [] if live else waiting.popleft()
+            while waiting and len(live) + len(new) + len(waiting[0]) <= rows:
+                if not decoder.admits(waiting[0][0], live, new):
+                    break
                 new += waiting.popleft()
             if done or new:
                 decoder.exchange(live, new)
         decoder.step()
         for row in decoder.rows:
-            if not row.done and (ended := _ended(policy, row, ends, sampling)):
+            if not row.done and row.tokens and (ended := _ended(policy, row, ends, sampling)):
                 row.done, found[row.tag] = True, ended
-    return [[found[i, member] for member in range(group_size)] for i in range(len(prompts))]
+    return found
 
 
 def _ended(policy: Policy, row: Row, ends: set[int], sampling: Sampling) -> Generated | None:
@@ -142,39 +141,3 @@ def _ended(policy: Policy, row: Row, ends: set[int], sampling: Sampling) -> Gene
 
 def _ends(policy: Policy) -> set[int]:
     return set(policy.tokenizer.eos_token_ids) | data.stop_ids(policy.tokenizer)
-
-
-def _alone(
-    policy: Policy, prompts: list[np.ndarray], sampling: Sampling, group_size: int, seed: int, rows: int
-) -> list[list[Generated]]:
-    """By mlx-lm's own generator, for models whose caches cannot be shared: every row computes its prompt."""
-    mx.random.seed(seed)
-    options = {"temp": sampling.temperature, "top_p": sampling.top_p, "min_p": sampling.min_p, "top_k": sampling.top_k}
-    penalty = None if sampling.repetition_penalty == 1 else sampling.repetition_penalty
-    generator = BatchGenerator(
-        policy.model,
-        max_tokens=sampling.max_new_tokens,
-        sampler=make_sampler(**options),
-        logits_processors=make_logits_processors(repetition_penalty=penalty) if penalty else None,
-        completion_batch_size=rows,
-        prefill_batch_size=rows,
-    )
-    ends = _ends(policy)
-    asked = [(prompt, i, member) for i, prompt in enumerate(prompts) for member in range(group_size)]
-    ids = generator.insert([prompt.tolist() for prompt, _, _ in asked])
-    made = {uid: Row(prompt, i, np.zeros(0), (i, member)) for uid, (prompt, i, member) in zip(ids, asked, strict=True)}
-    found: dict[tuple[int, int], Generated] = {}
-    while responses := generator.next_generated():
-        for response in responses:
-            row = made[response.uid]
-            if row.done:
-                continue
-            scaled = response.logprobs.astype(mx.float32) / sampling.scale
-            row.tokens.append(response.token)
-            row.logps.append(float(np.array(scaled[response.token] - mx.logsumexp(scaled))))
-            if ended := _ended(policy, row, ends, sampling):
-                row.done, found[row.tag] = True, ended
-                if response.finish_reason is None:
-                    generator.remove([response.uid])
-    generator.close()
-    return [[found[i, member] for member in range(group_size)] for i in range(len(prompts))]

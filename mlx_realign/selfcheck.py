@@ -13,17 +13,15 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import mlx.core as mx
-import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten
 
 from . import adapter, forward, selfcheck_reference
 from .batch import Batch, LossOutput, Scores
+from .forward import shrunk_windows
 from .policy import Policy
 from .selfcheck_reference import nudged, said, weights_of
 
-WINDOW = 4  # attention windows are shrunk to this for the check, so that a short prompt is longer than them
-WINDOWS = "window window_size sliding_window sliding_window_size attention_window_size loop_window_size".split()
 # Relative, of a tensor's norm. On SmolLM2-135M rounding comes to 1e-4 in float32 (also over a 4-bit base), to 5e-2 in
 # bfloat16; keys that get no gradient, positions off by one or a pad token that is seen come to more than 1 in both.
 LIMIT = {mx.float32: 2e-3, mx.bfloat16: 2.5e-1, mx.float16: 5e-2}
@@ -149,24 +147,6 @@ def probe(vocabulary: int) -> Batch:
     mask = np.arange(5)[None] < np.array([5, 3, 4, 2])[:, None]
     arrays: Any = (prompt, pad, np.where(mask, draw(4, 5), 0), rows, mask, np.flatnonzero(mask).astype(np.int32))
     return Batch(*map(mx.array, arrays), extras={})
-
-
-@contextmanager
-def shrunk_windows(model: nn.Module) -> Iterator[None]:
-    """Inside, every sliding attention window of the model is 4 tokens."""
-    before: list[tuple[Any, str, int]] = []
-    for module in (m for _, m in model.named_modules()):
-        for holder in (module, *(getattr(module, name, None) for name in ("args", "config"))):
-            for name in WINDOWS:
-                value = getattr(holder, name, None)
-                if isinstance(value, int) and not isinstance(value, bool) and value > WINDOW:
-                    before.append((holder, name, value))
-                    setattr(holder, name, WINDOW)
-    try:
-        yield
-    finally:
-        for holder, name, value in before:
-            setattr(holder, name, value)
 
 
 def _measure(policy: Policy, batch: Batch) -> dict[str, mx.array]:

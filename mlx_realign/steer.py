@@ -14,7 +14,7 @@
 
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
@@ -26,7 +26,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from . import cli, data, flags, generate, rollout, taps
+from . import cli, data, flags, generate, rollout
 from .errors import UserError
 from .policy import Policy
 from .sampling import Sampling
@@ -74,11 +74,11 @@ def talk(settings: GenerateSettings) -> int:
         if text is None:
             import readline  # noqa: F401 - line editing for input()
 
-            generate.chat(Session(policy, settings))
+            generate.chat(generate.Session(policy, settings))
         elif settings.compare:
             compare(policy, settings, steering, text)
         else:
-            generate.answer(Session(policy, settings), text)
+            generate.answer(generate.Session(policy, settings), text)
     return 0
 
 
@@ -94,15 +94,6 @@ def text_of(settings: GenerateSettings) -> str | None:
     if text is not None and not text.strip():
         raise UserError("--prompt is empty: there is nothing to answer.")
     return text
-
-
-class Session(generate.Session):
-    """A chat whose taps know where each prompt ends."""
-
-    def stream(self, prompt: list[int]) -> Iterator[Any]:
-        """As generate's."""
-        with taps.tell(last_prompt=mx.array([len(prompt) - 1])):
-            yield from super().stream(prompt)
 
 
 def compare(policy: Policy, settings: GenerateSettings, steering: Steering, text: str) -> None:

@@ -25,7 +25,7 @@ class Place(NamedTuple):
 
     cache: Any  # the block's, or None
     start: Any  # position of the first column: int, or int32 [B]; None where the cache does not say
-    told: dict[str, mx.array | None]  # by whoever runs the model without a cache of ours; see `tell`
+    told: dict[str, Any]  # by whoever runs the model without a cache of ours; see `tell`
 
     def positions(self, columns: int) -> mx.array:
         """int32 [1 or B, columns]: place of each column in its text, the first token at 0; padding is below 0."""
@@ -39,6 +39,11 @@ class Place(NamedTuple):
         """int32 [1 or B]: position of the last prompt token of each row; None where nobody knows."""
         known = getattr(self.cache, "last_prompt", None)
         return self.told.get("last_prompt") if known is None else known
+
+    @property
+    def moves(self) -> bool:
+        """Whether rows of its cache come and go without a word to us: a batched one of mlx-lm's, run by others."""
+        return hasattr(self.cache, "filter") and self.told.get("start") is None
 
     def variant(self) -> mx.array | None:
         """int32 [1 or B]: which configuration each row wants; None: the first for all."""
@@ -59,7 +64,7 @@ def anywhere(tap: Tap) -> Tap:
 
 class _Now(threading.local):
     place: Place = NOWHERE
-    told: dict[str, mx.array | None] = {}
+    told: dict[str, Any] = {}
     counted: tuple[Any, Any] | None = None  # a cache that counts tokens and what it had counted, as the blocks began
 
 
@@ -67,13 +72,17 @@ _now = _Now()
 
 
 @contextmanager
-def tell(*, variant: mx.array | None = None, last_prompt: mx.array | None = None) -> Iterator[None]:
+def tell(
+    *, variant: mx.array | None = None, last_prompt: mx.array | None = None, start: int | None = None
+) -> Iterator[None]:
     """Inside, models that run without caches of ours know each row's configuration and last prompt token.
 
-    Both int32 [B], or [1] for all rows. Not for compiled functions: these would keep what they were told first.
+    Both int32 [B], or [1] for all rows. start: position of the first column, the same in all rows, for caches that
+    count no tokens; who gives it moves what taps keep with a cache as he moves the rows in it. Not for compiled
+    functions: these would keep what they were told first.
     """
     before = _now.told
-    _now.told = {"variant": variant, "last_prompt": last_prompt}
+    _now.told = {"variant": variant, "last_prompt": last_prompt, "start": start}
     try:
         yield
     finally:
@@ -119,6 +128,20 @@ def put(model: nn.Module, path: str, tap: Tap, *, before: bool = False) -> Handl
             module.__class__ = _tapped(type(module), makers.get(id(module), _layer))
         module._taps[kind].append(tap)
     return Handle(places)
+
+
+@contextmanager
+def untapped(model: nn.Module) -> Iterator[None]:
+    """Inside, no tap is called."""
+    tapped: list[Any] = [module for _, module in model.named_modules() if hasattr(module, "_taps")]
+    before = [module._taps for module in tapped]
+    for module in tapped:
+        object.__setattr__(module, "_taps", {kind: [] for kind in module._taps})
+    try:
+        yield
+    finally:
+        for module, kept in zip(tapped, before, strict=True):
+            object.__setattr__(module, "_taps", kept)
 
 
 def blocks(model: nn.Module) -> list[str]:
@@ -207,7 +230,8 @@ def _place(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Place:
     own = kwargs.get("cache", next((arg for arg in args if is_cache(arg)), None))
     counted = _counting(own) or _now.counted
     cache, start = (own, None if own is not None else 0) if counted is None else counted
-    return Place(cache, start, _now.told)
+    told = _now.told.get("start")
+    return Place(cache, start if told is None else told, _now.told)
 
 
 def _counted(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:

@@ -22,11 +22,11 @@ LAYERS = [
     {"kernels"},
     {"config", "losses", "advantages", "policy_gradient", "policy_terms", "sampling", "directions", "steerability"}
     | {"adapter", "arguments", "distributions", "fingerprint", "intervals"},
-    {"loading", "head", "balance", "taps", "forward", "policy", "decoding", "rollout", "capture", "writers"}
-    | {"vectors", "gguf_vectors", "verifiers", "data"},
+    {"loading", "head", "balance", "taps", "forward", "policy", "decoding", "stepping", "ways", "rollout", "capture"}
+    | {"writers", "vectors", "gguf_vectors", "verifiers", "data"},
     {"methods", "preference", "steering", "ablation"},
 ]
-MLX_LM_USERS = {"policy", "loading", "forward", "decoding", "rollout", "adapter", "data", "generate", "kernels"}
+MLX_LM_USERS = {"policy", "loading", "forward", "decoding", "stepping", "adapter", "data", "generate", "kernels"}
 
 
 def module_of(path: Path) -> str:

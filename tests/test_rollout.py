@@ -67,8 +67,6 @@ def test_log_probs_of_a_rollout_are_those_of_the_trainer(any_policy):
 
 
 def test_a_seed_gives_the_same_text_whatever_is_generated_with_it(any_policy):
-    if not any_policy.sharing:
-        pytest.skip("mlx-lm's generator draws for the batch as a whole")
     asked = Sampling(max_new_tokens=12)
     once = rollout.rollout(any_policy, TOKENS, asked, group_size=4, seed=9, rows=16)
     for rows in (3, 5):
@@ -86,7 +84,8 @@ def test_a_model_whose_attention_cannot_be_grouped_generates_the_same(any_policy
         pytest.skip("its prompts are not shared at all")
     asked = Sampling(max_new_tokens=8)
     once = rollout.rollout(any_policy, TOKENS, asked, group_size=2, seed=1)
-    any_policy.groups_rows = False
+    assert any_policy.groups_rows
+    any_policy.tried["grouped"] = "not today"
     again = rollout.rollout(any_policy, TOKENS, asked, group_size=2, seed=1)
     for a, b in zip(sum(once, []), sum(again, []), strict=True):
         assert a.tokens.tolist() == b.tokens.tolist()
@@ -99,7 +98,7 @@ def test_attention_that_would_miss_keys_is_not_grouped(monkeypatch):
     right = rollout.rollout(policy, TOKENS, asked)
     assert policy.groups_rows
     monkeypatch.setattr(decoding, "lends", lambda _: False)
-    policy.groups_rows = None
+    policy.tried.clear()
     again = rollout.rollout(policy, TOKENS, asked)
     assert not policy.groups_rows
     assert [group[0].tokens.tolist() for group in again] == [group[0].tokens.tolist() for group in right]
@@ -129,12 +128,11 @@ def test_completions_end_at_end_tokens_stop_strings_or_the_limit(any_policy):
         assert len(ends) == int(one.finished)
         assert one.finished or len(one.tokens) == 40
         assert one.text == " ".join(map(str, one.tokens[: -1 if one.finished else None]))
-    if any_policy.sharing:
-        stopped = rollout.rollout(any_policy, TOKENS, Sampling(max_new_tokens=40, stop=("7",)), group_size=8, seed=2)
-        for one, cut in zip(every, sum(stopped, []), strict=True):
-            assert cut.text == one.text.split("7")[0]
-            assert cut.finished == (one.finished or "7" in one.text)
-            assert one.tokens[: len(cut.tokens)].tolist() == cut.tokens.tolist()
+    stopped = rollout.rollout(any_policy, TOKENS, Sampling(max_new_tokens=40, stop=("7",)), group_size=8, seed=2)
+    for one, cut in zip(every, sum(stopped, []), strict=True):
+        assert cut.text == one.text.split("7")[0]
+        assert cut.finished == (one.finished or "7" in one.text)
+        assert one.tokens[: len(cut.tokens)].tolist() == cut.tokens.tolist()
 
 
 def test_the_adapter_in_training_is_what_speaks(tiny_model_dir: Path):
@@ -154,8 +152,6 @@ def test_the_adapter_in_training_is_what_speaks(tiny_model_dir: Path):
 
 
 def test_a_penalty_on_repetition_changes_what_is_said_and_not_what_it_is_worth(any_policy):
-    if not any_policy.sharing:
-        pytest.skip("mlx-lm's own penalty")
     asked = Sampling(max_new_tokens=16, temperature=0, repetition_penalty=5.0)
     for group in rollout.rollout(any_policy, TOKENS, asked, rows=2):
         said = group[0].tokens.tolist()

@@ -6,15 +6,15 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
+from mlx_lm.generate import BatchGenerator
 from mlx_lm.models.cache import make_prompt_cache
 from policy_tools import Numbers, make_policy
 from test_steering_apply import WIDE, close, direction
 
-from mlx_realign import capture, data, rollout, taps
+from mlx_realign import capture, data, taps
 from mlx_realign.batch import Completion, Example
 from mlx_realign.errors import UserError
 from mlx_realign.policy import Policy
-from mlx_realign.sampling import Sampling
 from mlx_realign.steering import Condition, Steer, condition, steer
 from mlx_realign.vectors import Direction
 
@@ -155,10 +155,10 @@ def test_what_no_gate_can_be_kept_for_is_refused(policy):
     policy.model(tokens, cache=cache)
     with steer(policy, behaviour(mean)), pytest.raises(UserError, match="must see the prompt"):
         policy.model(tokens[:, :1], cache=cache)
-    policy.sharing = False
     with steer(policy, behaviour(mean)), pytest.raises(UserError, match="moves rows"):
-        rollout.rollout(policy, PROMPTS[:2], Sampling(max_new_tokens=3))
-    policy.sharing = True
+        generator = BatchGenerator(policy.model, max_tokens=3)
+        generator.insert(PROMPTS[:2])
+        generator.next_generated()
     example = Example(
         np.array([3, 4], np.int32), (Completion(np.array([5, 6], np.int32), np.ones(2, bool)),), 0, "", {}
     )

@@ -15,8 +15,11 @@ __all__ = ["ends_at_0", "policy"]  # fixtures
 
 
 @pytest.mark.parametrize("above", [False, True])
-@pytest.mark.parametrize(("reading", "score", "compiled"), [*((*way, False) for way in WAYS), ("mean", "signed", True)])
-def test_rows_of_a_rollout_keep_their_gates_as_rows_come_and_go(policy, reading, score, above, compiled):
+@pytest.mark.parametrize(
+    ("reading", "score", "how"),
+    [*((*way, "") for way in WAYS), *(("mean", "signed", how) for how in ("compiled", "own"))],
+)
+def test_rows_of_a_rollout_keep_their_gates_as_rows_come_and_go(policy, reading, score, above, how):
     """Behaviour behind block 0 or 1, condition at block 1 or 0; prompts three at a time, two rows each."""
     block = 1 if above else 0
     asked, opens = halfway(policy, reading, score, block)
@@ -28,8 +31,9 @@ def test_rows_of_a_rollout_keep_their_gates_as_rows_come_and_go(policy, reading,
         first = len(prompt) if above else len(prompt) - 1  # below its block a gate opens one token later
         with steer(policy, behaviour(None, blocks=one.blocks, positions=f"{first}:")):
             expected.append(rollout.rollout(policy, [prompt], greedy)[0][0] if is_open else plain)
-    if compiled:
+    if how == "compiled":
         policy.compile()
+    policy.sharing = how != "own"  # otherwise over mlx-lm's own caches
     with steer(policy, one):
         found = rollout.rollout(policy, PROMPTS, greedy, group_size=2, rows=6)
     changed = 0

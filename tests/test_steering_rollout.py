@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Steered rollouts: each row as if it were alone, log-probs those of the whole pass, numbers set without a trace."""
 
+from types import SimpleNamespace
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
 import pytest
+from mlx_lm.generate import BatchGenerator
 from policy_tools import Numbers, make_examples, make_policy
 from test_steering_apply import direction, model_of, of
 
@@ -55,7 +57,7 @@ ROWS = [
 ]
 
 
-@pytest.mark.parametrize("kind", ["llama", "qwen3", "gemma3_text", "qwen3_moe", "4-bit"])
+@pytest.mark.parametrize("kind", ["llama", "qwen3", "gemma2", "gemma3_text", "qwen3_moe", "lfm2", "mamba2", "4-bit"])
 def test_rows_of_a_rollout_with_vectors_of_their_own_are_what_each_is_alone(kind):
     """Four prompts (two alike, so that prompts must not be shared across configurations), two at a time."""
     policy = policy_of(kind)
@@ -106,8 +108,9 @@ def test_log_probs_of_a_steered_rollout_are_those_of_a_steered_whole_pass(kind, 
 
 
 @pytest.mark.parametrize("positions", ["prompt", "generated", "last", "-2:", "1:14"])
-def test_positions_and_schedules_are_alike_in_rollouts_and_whole_passes(positions):
-    policy = policy_of("llama")
+@pytest.mark.parametrize("kind", ["llama", "gemma2", "lfm2", "mamba2"])
+def test_positions_and_schedules_are_alike_in_rollouts_and_whole_passes(kind, positions):
+    policy = policy_of(kind)
     with steer(policy, of("add", 1, positions=positions), of("ablate", 2, schedule=Schedule("decay", 2))):
         check_logps(policy)
 
@@ -154,7 +157,7 @@ def test_no_number_costs_a_compiled_step_a_new_trace():
     traces: list[int] = []
     with steer(policy, rows=MIXED) as steering:
         handle = taps.put(policy.model, "model.layers.0", lambda h, _: (traces.append(1), h)[1])
-        decoder = Decoder(policy, GREEDY)
+        decoder = Decoder(policy, GREEDY, grouped=True)
         made = [Row(np.array(p, np.int32), i, np.zeros(40, np.float32), variant=i % 3) for i, p in enumerate(PROMPTS)]
         decoder.exchange([], made)
         for _ in range(3):
@@ -172,7 +175,7 @@ def test_no_number_costs_a_compiled_step_a_new_trace():
             before = [row.logps[-1] for row in made]
             decoder.step()
             assert [row.logps[-1] for row in made] != before
-        assert len(traces) == settled < 8  # four of them are the probe of how its attention can be grouped
+        assert len(traces) == settled == 3  # prompts, the first step, which is not compiled, and the trace
         handle.remove()
 
 
@@ -196,17 +199,29 @@ def test_what_was_compiled_with_one_operator_is_not_used_for_another():
             np.testing.assert_allclose(np.array(compiled(tokens)), np.array(model(tokens)), atol=1e-4)
 
 
+def batched(policy: Policy, prompts: list[list[int]], rows: int) -> list[Any]:
+    """Greedy completions by mlx-lm's generator of batches, with their log-probs."""
+    generator = BatchGenerator(policy.model, max_tokens=8, completion_batch_size=rows, prefill_batch_size=rows)
+    found = {uid: rollout.Row(np.array([0]), 0, np.zeros(1)) for uid in generator.insert(prompts)}
+    while responses := generator.next_generated():
+        for one in responses:
+            found[one.uid].tokens.append(one.token)
+            found[one.uid].logps.append(float(np.array(one.logprobs[one.token])))
+    generator.close()
+    return [SimpleNamespace(tokens=np.array(row.tokens), logps=row.logps) for row in found.values()]
+
+
 @pytest.mark.parametrize(("stock", "ours"), [("all", "all"), ("generated", "-1:"), ("prompt", ":-1"), ("2:7", "2:7")])
-def test_mlx_lm_s_own_batches_are_steered_at_the_same_tokens(stock, ours):
+def test_mlx_lm_s_own_batches_are_steered_at_the_same_tokens(stock, ours, monkeypatch):
     """Padded prompts of unequal lengths through mlx-lm's generator, which takes a prompt's last token as generated."""
     policy = policy_of("llama")
+    monkeypatch.setattr(rollout, "_ends", lambda _: set())
     steers = {name: [of("add", 1, coefficient=0.4, positions=name), of("ablate", 2)] for name in (stock, ours)}
     with steer(policy, *steers[ours]):
         expected = rollout.rollout(policy, PROMPTS, GREEDY)
-    policy.sharing = False
     with steer(policy, *steers[stock]):
         for rows in (64, 2):
-            for (one,), (other,) in zip(rollout.rollout(policy, PROMPTS, GREEDY, rows=rows), expected, strict=True):
+            for one, (other,) in zip(batched(policy, PROMPTS, rows), expected, strict=True):
                 same(one, other)
 
 
@@ -220,14 +235,12 @@ def test_parts_of_a_batch_on_threads_of_their_own_are_steered_alike():
     np.testing.assert_allclose(totals[0], totals[1], atol=1e-4)
 
 
-def test_what_a_way_of_generating_cannot_do_is_said():
-    policy = policy_of("gemma2")
-    for positions in ("generated", "prompt", "all"):
-        with steer(policy, of("add", 1, positions=positions)):
-            rollout.rollout(policy, PROMPTS[:2], GREEDY)
+def test_what_mlx_lm_s_generator_of_batches_cannot_do_is_said():
+    policy = policy_of("llama")
     with steer(policy, of("add", 1, positions="last")), pytest.raises(UserError, match="prompt_length"):
-        rollout.rollout(policy, PROMPTS[:2], GREEDY)
+        batched(policy, PROMPTS[:2], 2)
     with steer(policy, of("add", 1, schedule=Schedule("decay", 2))), pytest.raises(UserError, match="schedule"):
-        rollout.rollout(policy, PROMPTS[:2], GREEDY)
-    with steer(policy, Steer(direction(1))), pytest.raises(UserError, match="cannot differ"):
-        rollout.rollout(policy, PROMPTS[:2], GREEDY, variants=[0, 1])
+        batched(policy, PROMPTS[:2], 2)
+    with steer(policy, Steer(direction(1))), taps.tell(variant=mx.array([0, 0])):
+        with pytest.raises(UserError, match="variant for each"):
+            batched(policy, PROMPTS[:2], 2)

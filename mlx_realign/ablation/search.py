@@ -21,6 +21,7 @@ from .. import fingerprint, taps
 from ..errors import UserError
 from ..policy import Policy
 from ..vectors import Direction
+from ..ways import shares
 from ..writers import Writer
 from .edit import Edit
 from .kernel import SPACE, Kernel, space_of
@@ -153,7 +154,7 @@ class _Search:
         self.ask = {i: scorer for i, scorer in enumerate(scorers) if isinstance(scorer, Asked)}
         self.give = {i: scorer for i, scorer in enumerate(scorers) if isinstance(scorer, Given)}
         prompts = [prompt for scorer in self.ask.values() for prompt in scorer.prompts]
-        self.runner = Runner(slots, prompts, rows) if prompts and slots.policy.sharing else None
+        self.runner = Runner(slots, prompts, rows) if prompts and shares(slots.policy) else None
         self.counted = 0  # tokens generated without a runner
         self.trials = 0  # that the journal shall hold
         self.reply = ""  # one of the unedited model's that shows no marker

@@ -23,6 +23,7 @@ from ..forward import PromptReader, PromptRecorder, record
 from ..policy import Policy
 from ..rollout import SMALL, rollout
 from ..sampling import Sampling
+from ..ways import shares
 from ..workers import cores
 from ..writers import Writer, module_at
 from .edit import Edit
@@ -145,7 +146,7 @@ class Slots:
 
     def _begun(self, texts: Sequence[Sequence[int]], most: int) -> tuple[int, ...]:
         """What all texts begin with, at most so many tokens; nothing where this model cannot share it."""
-        return tuple(texts[0][: min(common_start(texts), most)]) if self.policy.sharing else ()
+        return tuple(texts[0][: min(common_start(texts), most)]) if shares(self.policy) else ()
 
     def _start(self, slot: int, begun: tuple[int, ...]) -> list[PromptRecorder]:
         """Keys and values of a start in a slot's model, computed once."""
@@ -221,9 +222,8 @@ class Runner:
 def completions(slots: Slots, slot: int, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> list[list[int]]:
     """Tokens of the greedy completions of a slot's model, without an end token; on any model."""
     sampling = Sampling(max_new_tokens=max_new_tokens, temperature=0)
-    with taps.tell(variant=mx.array([slot], mx.int32)):
-        variants = [slot] * len(prompts) if slots.policy.sharing else None
-        made = rollout(slots.policy, [list(prompt) for prompt in prompts], sampling, variants=variants)
+    variants = [slot] * len(prompts)
+    made = rollout(slots.policy, [list(prompt) for prompt in prompts], sampling, variants=variants)
     return [one.tokens[: len(one.tokens) - one.finished].tolist() for [one] in made]
 
 
@@ -231,7 +231,7 @@ class _Rows(Decoder):
     """A decoder whose new rows take what their prompts begin with from their slot."""
 
     def __init__(self, slots: Slots, begun: tuple[int, ...]) -> None:
-        super().__init__(slots.policy, Sampling(temperature=0))
+        super().__init__(slots.policy, Sampling(temperature=0), grouped=bool(slots.policy.groups_rows))
         self.slots, self.begun = slots, begun
 
     def _prefill(self, rows: list[Row], width: int) -> tuple[list[list[mx.array]], list[dict[str, mx.array]]]:

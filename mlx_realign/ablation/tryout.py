@@ -16,6 +16,7 @@ from rich import box
 from rich.table import Table
 
 from ..policy import Policy
+from ..ways import shares
 from ..writers import Writer
 from .edit import plan
 from .measure import divergences
@@ -78,7 +79,7 @@ class Trier:
 
     def left(self, slot: int, prompts: Sequence[Sequence[int]]) -> float:
         """Share of the completions that show the behaviour or are broken; a row stops at its first marker."""
-        if not self.policy.sharing:
+        if not shares(self.policy):
             ids = completions(self.slots, slot, prompts, self.most)
             texts = [self.policy.tokenizer.decode(one) for one in ids]
             return float(np.mean([self.shows(text) or broken(text) for text in texts]))

@@ -24,7 +24,7 @@ from ..policy import Policy
 from ..vectors import Direction
 from ..vectors import load as read_direction
 from .operators import along
-from .where import HELP, Pass, moves
+from .where import HELP, Pass
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,7 @@ def read(condition: Condition, numbers: dict[str, mx.array], h: mx.array, now: P
     numbers: those of `Condition.numbers` by row, [1 or B, 1, d] and [1 or B, 1]; h [B, T, d] what the block gives.
     """
     cache, latest = now.place.cache, condition.reading == "last"
-    if moves(cache):
+    if now.place.moves:
         raise UserError(
             f"steer: mlx-lm moves rows between caches of this kind ({type(cache).__name__}), and a condition cannot "
             "follow them. Generate one prompt at a time with mlx_lm.generate, or take the condition off."

@@ -66,9 +66,9 @@ class Pass:
         self.notes = notes_of(cache)
         self.strengths: dict[Any, mx.array] = {}  # of steers, found out at their lowest blocks
         told = place.last_prompt()
-        if told is None and prompt is not None and prompt.size > 1 and moves(cache):
+        if told is None and prompt is not None and prompt.size > 1 and place.moves:
             raise UserError("steer: mlx-lm's generator moves rows about, so one prompt_length for each has no meaning.")
-        if self.variant is not None and self.variant.size > 1 and moves(cache):
+        if self.variant is not None and self.variant.size > 1 and place.moves:
             raise UserError("steer: mlx-lm's generator moves rows about, so a variant for each has no meaning there.")
         told = prompt if told is None else told
         told = None if place.start is None else told  # nothing to compare it with
@@ -132,8 +132,3 @@ def notes_of(cache: Any) -> dict[str, Any]:
     if not hasattr(cache, "notes"):
         cache.notes = {}
     return cache.notes
-
-
-def moves(cache: Any) -> bool:
-    """Whether rows of this cache come and go without a word to us: a batched one of mlx-lm's."""
-    return hasattr(cache, "filter")
