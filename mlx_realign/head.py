@@ -86,6 +86,7 @@ class Body:
 
     def _is_bare(self, module: nn.Module, logits: mx.array) -> bool:
         raw = getattr(module, self.method)(self.hidden(PROBE))
+        # Bit for bit: the same arithmetic twice. A soft cap is all but the identity where logits are small.
         return raw.shape == logits.shape and bool(mx.array_equal(raw, logits))
 
 

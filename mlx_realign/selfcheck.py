@@ -63,7 +63,9 @@ def run(policy: Policy) -> Checks:
             forward.checkpoint_layers(policy.model)
             reason, results["checkpointed_layers"], _ = _try(policy, batch, expected, limit, None)
             if not reason and not forward.recomputing(policy.model):
-                reason = f"a {policy.config.get('model_type')} model computes with the parts of its layers, not with them"
+                reason = (
+                    f"a {policy.config.get('model_type')} model computes with the parts of its layers, not with them"
+                )
                 results["checkpointed_layers"] = f"off: {reason}"
             if reason:
                 forward.uncheckpoint_layers(policy.model)

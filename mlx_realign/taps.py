@@ -154,7 +154,8 @@ def _tried(model: nn.Module, paths: list[str]) -> dict[str, str]:
     try:
         out = model(mx.broadcast_to(PROBE, (rows, PROBE.size)))[:, -1].astype(mx.float32)
         moved = mx.abs(out - out[:1]).max(-1) / mx.maximum(mx.abs(out[0]).max(), 1e-30)
-        for path, by in zip(paths, moved[1:].tolist(), strict=True):
+        answers: Any = moved[1:].tolist()
+        for path, by in zip(paths, answers, strict=True):
             if by < 1e-3:  # rounding, which batches of several rows may bring
                 why.setdefault(path, f"what this block gives does not reach the logits of a {kind} model")
     finally:

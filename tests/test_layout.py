@@ -18,11 +18,11 @@ PYTHON_FILES = sorted([*PACKAGE_FILES, *(ROOT / "tests").rglob("*.py"), *(ROOT /
 # From the bottom up. A module imports from rows above its own and from its own row; what no row names is a command
 # (it has a `main`) or the open top of the package.
 LAYERS = [
-    {"errors", "blas", "batch", "calls", "flags", "workers"},
+    {"errors", "blas", "batch", "calls", "flags", "noise", "workers"},
     {"kernels"},
     {"config", "losses", "advantages", "policy_gradient", "policy_terms", "sampling", "directions", "steerability"}
     | {"adapter", "distributions", "fingerprint", "intervals"},
-    {"loading", "head", "balance", "taps", "forward", "policy", "decoding", "rollout", "capture", "writers"}
+    {"loading", "head", "balance", "taps", "forward", "policy", "decoding", "rollout", "capture", "bench", "writers"}
     | {"vectors", "gguf_vectors", "verifiers", "data"},
     {"methods", "preference", "steering", "ablation"},
 ]

@@ -170,7 +170,8 @@ def _components(policy: Policy, edits: Sequence[Edit], tokens: mx.array) -> dict
     handles = []
 
     def see(y: mx.array, path: str, basis: mx.array) -> mx.array:
-        found[path] = mx.sqrt((y.astype(mx.float32) @ basis).square().mean())
+        size = mx.sqrt((y.astype(mx.float32) @ basis).square().mean())
+        found[path] = mx.maximum(found[path], size) if path in found else size  # an expert may be called token by token
         return y
 
     try:
@@ -178,7 +179,7 @@ def _components(policy: Policy, edits: Sequence[Edit], tokens: mx.array) -> dict
             path, basis = edit.writer.path, mx.array(edit.directions.T.astype(np.float32))
             handles.append(taps.put(policy.model, path, lambda y, _, path=path, basis=basis: see(y, path, basis)))
         policy.body.hidden(tokens)
-        return {edit.writer.path: float(np.array(found[edit.writer.path])) for edit in edits}
+        return {edit.writer.path: float(np.array(found.get(edit.writer.path, 0.0))) for edit in edits}
     finally:
         for handle in handles:
             handle.remove()
