@@ -42,10 +42,10 @@ def test_every_architecture_passes_with_the_way_expected_of_it(arch: str):
         assert PLAIN[arch] in checks.notes[0]
         assert "each row is computed alone" in checks.notes[0]
     else:
-        assert exactness(checks.results["shared_prompts"]) <= 1e-5
+        assert exactness(checks.results["shared_prompts"]) <= 1e-4
     if arch != "llama4_text":
-        assert exactness(checks.results["chunked_head"]) <= 1e-5
-    assert exactness(checks.results["checkpointed_layers"]) <= 1e-5
+        assert exactness(checks.results["chunked_head"]) <= 1e-4
+    assert exactness(checks.results["checkpointed_layers"]) <= 1e-4
     assert checks.results["adapter_off"] == "exact"
 
 
@@ -121,7 +121,7 @@ def test_a_wrong_head_is_found_and_whole_logits_are_used(monkeypatch: pytest.Mon
     assert policy.body.whole
     assert "differs by" in checks.results["chunked_head"]
     assert policy.sharing  # checked against the way that is right
-    assert exactness(checks.results["shared_prompts"]) <= 1e-5
+    assert exactness(checks.results["shared_prompts"]) <= 1e-4
 
 
 class TwoHeads(nn.Module):
@@ -145,7 +145,7 @@ def test_a_head_made_of_two_is_not_taken_apart():
     checks = selfcheck.run(policy)
     assert policy.body.whole
     assert len(checks.notes) == 1
-    assert exactness(checks.results["shared_prompts"]) <= 1e-5
+    assert exactness(checks.results["shared_prompts"]) <= 1e-4
 
 
 def test_wrong_checkpointing_is_found_and_switched_off(monkeypatch: pytest.MonkeyPatch):

@@ -23,6 +23,7 @@ from ..policy import Policy
 from ..writers import Writer, module_at
 
 Factors = tuple[np.ndarray, np.ndarray]  # A [..., in, r] and B [..., r, out] of a change A B of a weight's transpose
+ROUNDING = 1e-6  # of a share of a bias
 PIECE = 1 << 24  # entries of a weight that are held in float64 at a time
 
 
@@ -156,7 +157,7 @@ def bias_left(policy: Policy, edits: Sequence[Edit]) -> dict[str, float]:
             bias = np.array(layer.bias.astype(mx.float32)).astype(np.float64)
             size = float(np.linalg.norm(bias))
             share = float(np.linalg.norm(bias @ edit.directions.T)) / size if size else 0.0
-            found |= {edit.writer.path: share} if share else {}
+            found |= {edit.writer.path: share} if share > ROUNDING else {}
     return found
 
 

@@ -291,7 +291,7 @@ class _Rows(Decoder):
 def _bias(policy: Policy, writer: Writer) -> np.ndarray | None:
     """float32 [d]; of experts None: theirs are ablated too, since they cannot be told apart behind their sum."""
     layer = module_at(policy.model, writer.path)
-    return np.array(layer.bias.astype(mx.float32)) if "bias" in layer and not isinstance(layer, SWITCH) else None
+    return np.array(layer.bias.astype(mx.float32)) if "bias" in layer and writer.kind != "experts" else None
 
 
 class _Kept(PromptReader):
