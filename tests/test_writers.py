@@ -12,7 +12,7 @@ from mlx.utils import tree_flatten, tree_map_with_path
 from odd_models import ODD, odd_model
 from policy_tools import make_model, make_policy
 
-from mlx_realign import writers
+from mlx_realign import taps, writers
 from mlx_realign.errors import UserError
 from mlx_realign.policy import Policy
 
@@ -93,7 +93,7 @@ def test_writers_of_odd_blocks_are_named_rightly(arch: str, zero: bool):
     policy = make_policy(make_model(arch, **ODD[arch]) if zero else odd_model(arch), rank=0)
     before = {path: np.array(x) for path, x in tree_flatten(policy.model.parameters())}
     found = writers.find(policy)
-    for b in range(len(policy.model.layers)):
+    for b in range(len(taps.blocks(policy.model))):
         mine = [w for w in found if w.block == b]
         told = sorted((re.split(r"(?:layers|h|blocks)\.\d+\.", w.path)[1], w.kind) for w in mine)
         assert told == ODD_BLOCKS[arch]
