@@ -115,8 +115,8 @@ def _tapped(base: Any) -> type:
     class Heard(base):
         heard_from = base
 
-        def __call__(self, x: mx.array) -> mx.array:
-            logits = base.__call__(self, x)
+        def __call__(self, *args: Any, **kwargs: Any) -> mx.array:
+            logits = base.__call__(self, *args, **kwargs)
             tell([logits])
             return logits
 

@@ -12,6 +12,7 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
+from . import noise
 from .errors import UserError
 from .flags import nearest
 
@@ -26,6 +27,23 @@ def mean_difference(positive: np.ndarray, negative: np.ndarray) -> np.ndarray:
     """mean(positive) - mean(negative), float64 [d], in units of the states. CAA, arXiv:2312.06681."""
     positive, negative = _checked(positive, negative)
     return positive.mean(0) - negative.mean(0)
+
+
+def alike(positive: np.ndarray, negative: np.ndarray) -> bool:
+    """Whether the means of both sets differ by rounding of the states alone (`noise`): then there is no direction."""
+    return noise.only(mean_difference(positive, negative), noise.of(*_checked(positive, negative)))
+
+
+def settled(positive: np.ndarray, negative: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Both sets [n, d] and [m, d], float64; zeros where all states are the same but for rounding.
+
+    For what does not change when all states are moved alike, and would find order in the rounding.
+    """
+    positive, negative = _checked(positive, negative)
+    every = np.concatenate([positive, negative])
+    if not noise.only(every - every.mean(0), noise.of(every)):
+        return positive, negative
+    return np.zeros_like(positive), np.zeros_like(negative)
 
 
 def pca(positive: np.ndarray, negative: np.ndarray, *, variant: Variant = "uncentred") -> np.ndarray:
@@ -61,7 +79,9 @@ def logistic(positive: np.ndarray, negative: np.ndarray, *, l2: float = 1.0) -> 
     positive, negative = _checked(positive, negative)
     if not l2 > 0:
         raise UserError(f"logistic: l2 is {l2:g}, expected a number above 0 (sets that a plane separates need it).")
-    scale = float(np.sqrt(np.mean(_residuals(positive, negative) ** 2))) or 1.0
+    residuals = _residuals(positive, negative)
+    flat = noise.only(residuals, noise.of(positive, negative))
+    scale = 1.0 if flat else float(np.sqrt(np.mean(residuals**2)))
     states = np.concatenate([positive, negative]) / scale
     # The penalty does not see rotations, and w lies in the span of the states: solve in coordinates of that span.
     basis, coordinates = np.linalg.qr((states - states.mean(0)).T)
@@ -84,7 +104,8 @@ def lda(positive: np.ndarray, negative: np.ndarray, *, shrinkage: float | None =
         raise UserError(f"lda: shrinkage is {shrinkage:g}, expected a number from 0 to 1.")
     ridge = shrinkage * float(np.mean(residuals**2))
     share = (1 - shrinkage) / count
-    if not residuals.any() or share == 0:  # a covariance that is no direction's, or the same in all
+    flat = noise.only(residuals, noise.of(positive, negative))
+    if flat or share == 0:  # a covariance that is no direction's, or the same in all
         return unit(difference)
     if ridge == 0 and count - 2 < width:
         raise UserError(
@@ -104,7 +125,8 @@ def extract(method: str, positive: np.ndarray, negative: np.ndarray, **options: 
     """The direction by the method of that name, float64 [d], in units of the states.
 
     A method that gives a unit vector has it scaled to how far apart the means of the sets are along it, so that adding
-    it once moves the mean of the negatives as far along as the positives'. UserError for an unknown method or option.
+    it once moves the mean of the negatives as far along as the positives'. All zero where both sets are `alike`.
+    UserError for an unknown method or option.
     """
     name = method.replace("-", "_")
     if name not in METHODS:
@@ -114,6 +136,8 @@ def extract(method: str, positive: np.ndarray, negative: np.ndarray, **options: 
         if option not in known:
             takes = f"it takes {', '.join(known)}" if known else "it takes none"
             raise UserError(f"{name} has no option {option!r}.{nearest(option, known)} ({takes})")
+    if alike(positive, negative):
+        return np.zeros(np.shape(positive)[-1])
     found = METHODS[name](positive, negative, **options)
     if name == "mean_difference":
         return found
@@ -136,7 +160,7 @@ def projected(direction: np.ndarray, baseline: np.ndarray) -> np.ndarray:
     along = baseline / length
     found = direction - (direction @ along) * along
     found = found - (found @ along) * along
-    if np.linalg.norm(found) <= 1e-12 * np.linalg.norm(direction):
+    if np.linalg.norm(found) <= 1e-6 * np.linalg.norm(direction):  # as far as float32 tells
         raise UserError("the direction is that of the baseline: nothing is left of it. Use the plain direction.")
     return found
 

@@ -18,7 +18,7 @@ import numpy as np
 from mlx.utils import tree_map
 from mlx_lm.models.cache import KVCache, RotatingKVCache, make_prompt_cache
 
-from . import balance, taps
+from . import balance, calls, taps
 from .batch import Batch
 
 WINDOW = 4  # attention windows are shrunk to this for a check, so that a short prompt is longer than them
@@ -211,6 +211,12 @@ def checkpoint_layers(model: nn.Module) -> None:
         if not hasattr(type(layer), "checkpointed_from"):
             layer.__class__ = _checkpointed(type(layer))
         object.__setattr__(layer, "recomputed", True)
+        object.__setattr__(layer, "ran", False)
+
+
+def recomputing(model: nn.Module) -> bool:
+    """Whether a layer was run as one to be recomputed since `checkpoint_layers`; some models call only their parts."""
+    return any(getattr(layer, "ran", False) for layer in layers_of(model))
 
 
 def uncheckpoint_layers(model: nn.Module) -> None:
@@ -233,13 +239,15 @@ def _checkpointed(base: type) -> type:
     class Checkpointed(base):  # a subclass: parameter paths stay as they are
         checkpointed_from = base
 
-        def __call__(self, x: mx.array, *args: Any, **kwargs: Any) -> Any:
-            cache = kwargs.get("cache", next((a for a in args if isinstance(a, PromptRecorder | PromptReader)), None))
-            decoding = cache is not None and not isinstance(cache, PromptRecorder | PromptReader)
+        def __call__(self, *args: Any, **kwargs: Any) -> Any:
+            caches = list(calls.caches(*args, *kwargs.values()))
+            decoding = any(not isinstance(cache, PromptRecorder | PromptReader) for cache in caches)
             if decoding or not self.recomputed:
-                return base.__call__(self, x, *args, **kwargs)  # decoding keeps its own cache
+                return base.__call__(self, *args, **kwargs)  # decoding keeps its own cache
+            object.__setattr__(self, "ran", True)
+            cache = caches[0] if caches else None
             recording = isinstance(cache, PromptRecorder)
-            given: list[mx.array] = []  # what else comes from below: keys and values that a layer is lent, say
+            given: list[mx.array] = []  # what comes from below: the stream, keys and values that a layer is lent
 
             def place(value: Any) -> Any:
                 if not (isinstance(value, mx.array) and mx.issubdtype(value.dtype, mx.floating)):
@@ -249,7 +257,7 @@ def _checkpointed(base: type) -> type:
 
             left_out = tree_map(place, (args, kwargs))
 
-            def run(parameters: dict[str, Any], x: mx.array, given: list[mx.array], *kv: mx.array) -> tuple[Any, ...]:
+            def run(parameters: dict[str, Any], given: list[mx.array], *kv: mx.array) -> tuple[Any, ...]:
                 own = _copy(cache, kv)
 
                 def swap(value: Any) -> Any:
@@ -259,7 +267,7 @@ def _checkpointed(base: type) -> type:
                 kept = self.trainable_parameters()
                 self.update(parameters)
                 with balance.listening() as heard:
-                    out = base.__call__(self, x, *args, **kwargs)
+                    out = base.__call__(self, *args, **kwargs)
                 self.update(kept)
                 kept_kv = own.kv if recording else ()
                 if isinstance(out, tuple):  # it may hold them too, and an array that is given twice gets one gradient
@@ -267,7 +275,7 @@ def _checkpointed(base: type) -> type:
                 return out, kept_kv, tuple(heard)
 
             kv = cache.kv if isinstance(cache, PromptReader) else ()
-            out, kv, heard = mx.checkpoint(run)(self.trainable_parameters(), x, given, *kv)
+            out, kv, heard = mx.checkpoint(run)(self.trainable_parameters(), given, *kv)
             if recording:
                 cache.kv = kv
             balance.tell(heard)

@@ -15,7 +15,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from . import balance
+from . import balance, calls
 from .forward import layers_of
 from .kernels.token_scores import Head, Weight
 
@@ -87,6 +87,7 @@ class Body:
 
     def _is_bare(self, module: nn.Module, logits: mx.array) -> bool:
         raw = getattr(module, self.method)(self.hidden(PROBE))
+        # Bit for bit: the same arithmetic twice. A soft cap is all but the identity where logits are small.
         return raw.shape == logits.shape and bool(mx.array_equal(raw, logits))
 
 
@@ -135,5 +136,12 @@ def _untapped(kind: type) -> type:
 def _tapped(base: type, tap: Any) -> type:
     method = "as_linear" if hasattr(base, "as_linear") else "__call__"
     original = getattr(base, method)
-    body = {"tapped_from": base, method: lambda self, x: tap(lambda h: original(self, h), x)}
-    return type(base.__name__, (base,), body)
+
+    def call(self: Any, *args: Any, **kwargs: Any) -> mx.array:
+        def compute(h: mx.array) -> mx.array:
+            given, named = calls.with_first(base, h, args, kwargs, method)
+            return original(self, *given, **named)
+
+        return tap(compute, calls.first(base, args, kwargs, method))
+
+    return type(base.__name__, (base,), {"tapped_from": base, method: call})

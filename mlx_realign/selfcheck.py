@@ -108,6 +108,10 @@ class _Check:
     def checkpointing(self) -> None:
         forward.checkpoint_layers(self.policy.model)
         reason, _ = self._try("checkpointed_layers")
+        if not reason and not forward.recomputing(self.policy.model):
+            kind = self.policy.config.get("model_type")
+            reason = f"a {kind} model computes with the parts of its layers, not with them"
+            self.results["checkpointed_layers"] = f"off: {reason}"
         if reason:
             forward.uncheckpoint_layers(self.policy.model)
             self.notes.append(f"gradient checkpointing is off: {reason}")

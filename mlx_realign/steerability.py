@@ -16,6 +16,8 @@ import numpy as np
 from rich import box
 from rich.table import Table
 
+from . import noise
+from .directions import alike, mean_difference, settled
 from .errors import UserError
 from .intervals import Interval, Z
 
@@ -78,11 +80,11 @@ def report(
     splits = [Split(_signs(len(positive), rng), _signs(len(negative), rng)) for _ in range(SPLITS)]
     found = []
     for i, block in enumerate(blocks):
-        p, n = positive[:, i].astype(np.float64), negative[:, i].astype(np.float64)
+        p, n = settled(positive[:, i], negative[:, i])
         apart, area = _held_out(p, n, ahead, behind)
-        median = float(np.median(np.linalg.norm(np.concatenate([p, n]), axis=1)))
-        agreement = pair_agreement(p - n) if paired else _half_agreement(p, n, splits)
-        norm = float(np.linalg.norm(p.mean(0) - n.mean(0)))
+        median = float(np.median(np.linalg.norm(np.concatenate([positive[:, i], negative[:, i]]), axis=1)))
+        agreement = pair_agreement(_gaps(p, n)) if paired else _half_agreement(p, n, splits)
+        norm = 0.0 if alike(p, n) else float(np.linalg.norm(mean_difference(p, n)))
         found.append(Separation(block, norm, median, paired, agreement, apart, area, len(p), len(n)))
     return found
 
@@ -234,6 +236,12 @@ def _held_out(positive: np.ndarray, negative: np.ndarray, ahead: Halves, behind:
         apart.append(d_prime(*scores))
         areas.append(auroc(*scores))
     return float(np.mean(apart)), mann_whitney(float(np.mean(areas)), *counts)
+
+
+def _gaps(positive: np.ndarray, negative: np.ndarray) -> np.ndarray:
+    """positive - negative [n, d], rows of zeros for pairs that differ by rounding alone."""
+    gaps, rounding = positive - negative, noise.of(positive, negative)
+    return np.stack([np.zeros_like(gap) if noise.only(gap, rounding) else gap for gap in gaps])
 
 
 def _halves(count: int, rng: np.random.Generator) -> Halves:

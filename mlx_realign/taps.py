@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 import mlx.nn as nn
 
+from . import calls
 from .adapter_targets import blocks_of
 from .errors import UserError
 
@@ -54,6 +55,7 @@ class Place(NamedTuple):
 Tap = Callable[[mx.array, Place], mx.array]  # ([B, T, D] as the module gave it, where) -> what goes on instead
 
 NOWHERE = Place(None, 0, {})
+PROBE = mx.array([[1, 2]])
 
 
 def anywhere(tap: Tap) -> Tap:
@@ -65,7 +67,8 @@ def anywhere(tap: Tap) -> Tap:
 class _Now(threading.local):
     place: Place = NOWHERE
     told: dict[str, Any] = {}
-    counted: tuple[Any, Any] | None = None  # a cache that counts tokens and what it had counted, as the blocks began
+    caches: list[Any] | None = None  # those that the blocks are run with; None: nobody knows
+    counted: tuple[Any, Any] | None = None  # the first of them that counts tokens, and what it had counted by then
 
 
 _now = _Now()
@@ -73,11 +76,11 @@ _now = _Now()
 
 @contextmanager
 def tell(
-    *, variant: mx.array | None = None, last_prompt: mx.array | None = None, start: int | None = None
+    *, variant: mx.array | None = None, last_prompt: mx.array | None = None, start: int | mx.array | None = None
 ) -> Iterator[None]:
     """Inside, models that run without caches of ours know each row's configuration and last prompt token.
 
-    Both int32 [B], or [1] for all rows. start: position of the first column, the same in all rows, for caches that
+    Both int32 [B], or [1] for all rows. start: position of the first column, int or int32 [B], for caches that
     count no tokens; who gives it moves what taps keep with a cache as he moves the rows in it. Not for compiled
     functions: these would keep what they were told first.
     """
@@ -109,7 +112,8 @@ class Handle:
 def put(model: nn.Module, path: str, tap: Tap, *, before: bool = False) -> Handle:
     """Call `tap` on what the module at `path` gives: a decoder block or any module inside one.
 
-    before: on what the block reads instead. Raises UserError for a path that is not there, or outside the blocks.
+    before: on what the block reads instead. Raises UserError for a path that is not there or outside the blocks, and
+    where a tap would do nothing: the first time, all blocks of the model are tried in one pass over a few tokens.
     """
     modules: dict[str, Any] = dict(model.named_modules())
     block = next((b for b in blocks_of(model) if path == b or path.startswith(b + ".")), None)
@@ -117,6 +121,56 @@ def put(model: nn.Module, path: str, tap: Tap, *, before: bool = False) -> Handl
         raise UserError(f"{path}: the model has no such block, and no such layer in a block")
     if before and path != block:
         raise UserError(f"{path}: only what a whole block reads can be tapped")
+    if why := inert(model).get(block):
+        raise UserError(f"{block}: {why}, so its states can be neither read nor changed. Use another block or model.")
+    return _put(model, modules, path, block, tap, before)
+
+
+def inert(model: nn.Module) -> dict[str, str]:
+    """Blocks where a tap would do nothing, or not what it is meant to do, by path, and why. Found out once, by trying.
+
+    Row i + 1 of a batch of equal rows has block i's output turned round: its logits must then differ from row 0's.
+    """
+    paths = blocks_of(model)
+    known: dict[tuple[str, ...], dict[str, str]] = model.__dict__.setdefault("_inert", {})
+    if tuple(paths) not in known:
+        known[tuple(paths)] = _tried(model, paths)
+    return known[tuple(paths)]
+
+
+def _tried(model: nn.Module, paths: list[str]) -> dict[str, str]:
+    modules: dict[str, Any] = dict(model.named_modules())
+    kind = getattr(model, "model_type", None) or type(model).__module__.rpartition(".")[2]
+    rows = len(paths) + 1
+    why = {path: f"a {kind} model computes with the parts of this block and never calls it" for path in paths}
+
+    def turn(x: Any, i: int) -> Any:
+        path = paths[i]
+        if not isinstance(x, mx.array):
+            why[path] = f"a {kind} model's block gives a {type(x).__name__}, not one array"
+        elif x.ndim != 3 or x.shape[:2] != (rows, PROBE.size):
+            why[path] = f"a {kind} model's block gives an array {list(x.shape)} for {rows} texts of {PROBE.size} tokens"
+            why[path] += ": it has several residual streams, or none with one vector per token"
+        else:
+            why.pop(path, None)
+            return mx.where(mx.arange(rows)[:, None, None] == i + 1, -x[..., ::-1], x)
+        return x
+
+    handles = [_put(model, modules, p, p, anywhere(lambda x, _, i=i: turn(x, i)), False) for i, p in enumerate(paths)]
+    try:
+        out = model(mx.broadcast_to(PROBE, (rows, PROBE.size)))[:, -1].astype(mx.float32)
+        moved = mx.abs(out - out[:1]).max(-1) / mx.maximum(mx.abs(out[0]).max(), 1e-30)
+        answers: Any = moved[1:].tolist()
+        for path, by in zip(paths, answers, strict=True):
+            if by < 1e-3:  # rounding, which batches of several rows may bring
+                why.setdefault(path, f"what this block gives does not reach the logits of a {kind} model")
+    finally:
+        for handle in handles:
+            handle.remove()
+    return why
+
+
+def _put(model: nn.Module, modules: dict[str, Any], path: str, block: str, tap: Tap, before: bool) -> Handle:
     places = [(modules[path], "before" if before else "after", tap)]
     if path != block:  # the block says where in the text its layers are
         places.append((modules[block], "inside", tap))
@@ -182,24 +236,29 @@ def _tapped(base: type, make: Callable[[type], Callable[..., Any]]) -> type:
 
 def _stack(base: type) -> Callable[..., Any]:
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-        outer, _now.counted = _now.counted, _counted(args, kwargs)
+        outer = _now.caches, _now.counted
+        _now.caches = list(calls.caches(*args, *kwargs.values()))
+        _now.counted = _counting(_now.caches)
         try:
             return base.__call__(self, *args, **kwargs)
         finally:
-            _now.counted = outer
+            _now.caches, _now.counted = outer
 
     return call
 
 
 def _block(base: type) -> Callable[..., Any]:
-    def call(self: Any, x: mx.array, *args: Any, **kwargs: Any) -> Any:
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
         nowhere = all(hasattr(tap, "anywhere") for taps in self._taps.values() for tap in taps)
         outer, _now.place = _now.place, NOWHERE if nowhere else _place(args, kwargs)
         try:
             place = _now.place
-            for tap in tuple(self._taps["before"]):
-                x = tap(x, place)
-            return _through(self._taps["after"], base.__call__(self, x, *args, **kwargs), place)
+            if taps := tuple(self._taps["before"]):
+                x = calls.first(base, args, kwargs)
+                for tap in taps:
+                    x = tap(x, place)
+                args, kwargs = calls.with_first(base, x, args, kwargs)
+            return _through(self._taps["after"], base.__call__(self, *args, **kwargs), place)
         finally:
             _now.place = outer
 
@@ -224,24 +283,19 @@ def _through(taps: list[Tap], out: Any, place: Place) -> Any:
 def _place(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Place:
     """Before the block runs: stock caches count its columns while it does.
 
-    Some blocks have no cache, or one that counts nothing (convolutions, state spaces): another block's says where.
+    Some blocks have no cache, or one that counts nothing (convolutions, state spaces): another block's says where. One
+    that a model run without caches makes for itself (to lend keys and values to other blocks) is none.
     """
-    is_cache = lambda x: hasattr(x, "update_and_fetch") or hasattr(x, "state")  # noqa: E731
-    own = kwargs.get("cache", next((arg for arg in args if is_cache(arg)), None))
-    counted = _counting(own) or _now.counted
-    cache, start = (own, None if own is not None else 0) if counted is None else counted
-    told = _now.told.get("start")
-    return Place(cache, start if told is None else told, _now.told)
+    own = list(calls.caches(*args, *kwargs.values())) if _now.caches != [] else []
+    cache = next(iter([*own, *(_now.caches or ())]), None)
+    if (told := _now.told.get("start")) is not None:
+        return Place(cache, told, _now.told)
+    cache, start = _counting(own) or _now.counted or (cache, 0 if cache is None else None)
+    return Place(cache, start, _now.told)
 
 
-def _counted(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
-    """The first cache that counts tokens, with what it had counted, of those that a model is run with."""
-    several = [x for x in (kwargs.get("cache"), *args) if isinstance(x, list | tuple)]
-    return next((found for caches in several for cache in caches if (found := _counting(cache))), None)
-
-
-def _counting(cache: Any) -> tuple[Any, Any] | None:
-    for one in (cache, *getattr(cache, "caches", ())):
+def _counting(caches: list[Any]) -> tuple[Any, Any] | None:
+    for one in caches:
         if (start := getattr(one, "offset", None)) is not None:
             return one, start + 0 if isinstance(start, mx.array) else start  # it is counted up in place
     return None

@@ -6,29 +6,27 @@ layers as wide as the stream are silent: attention's and MLPs' last layers, ever
 state spaces. Where a norm stands between it and the stream, each entry has a gain of its own, which is measured too.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
+from mlx.utils import tree_flatten
 
-from . import taps
-from .adapter import adapters_of
-from .adapter_layers import LINEAR, SWITCH, Adapter, Base, base_of, matrix_shape
-from .adapter_targets import adaptable, names
+from . import noise
+from .adapter_layers import Adapter, Base, base_of
+from .adapter_targets import names
+from .bench import STATE_SIZE, TOKENS, Bench
 from .errors import UserError
 from .flags import nearest
 from .policy import Policy
 
 Kind = Literal["attention", "mlp", "experts"]
 
-Said = mx.array | Callable[[mx.array], mx.array]  # what a layer is made to give: a vector [d], or a function of its own
-
-TOKENS = 6
-STATE_SIZE = 0.1  # root mean square of the states that blocks read: far above a norm's epsilon, far below a gain
+FAR = 1e4  # an output beside which states, and what a norm makes of them, are next to nothing
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,7 +48,7 @@ class Writer:
         rows = rows if self.gain is None else rows * self.gain
         sizes = np.linalg.norm(rows, axis=1, keepdims=True)
         q, r = np.linalg.qr((rows / np.where(sizes > 0, sizes, 1)).T)
-        kept = np.abs(np.diag(r)) > 1e-9
+        kept = np.abs(np.diag(r)) > 1e-6  # directions come from float32 states
         return (q * np.where(np.diag(r) < 0, -1.0, 1.0)).T[kept]
 
 
@@ -68,43 +66,47 @@ def find(policy: Policy, extra: Sequence[str] = ()) -> list[Writer]:
     extra: names (`out_proj`, `mixer.out_proj`) or paths of more modules, which are taken for writers whatever they do.
     UserError for a name that no layer as wide as the stream has.
     """
-    with _Bench(policy) as bench:
+    with Bench(policy) as bench:
         bench.run({})
         _refuse_unknown(extra, bench)
-        called = bench.called
+        called = {path: i for i, path in enumerate(bench.called)}
         found: dict[str, np.ndarray | None] = {}
-        waiting = [[p for p in called if bench.block_of[p] == b] for b in range(len(bench.blocks))]
+        waiting = [bench.groups(b) for b in range(len(bench.blocks))]
         silence = bench.run(bench.silent).astype(np.float64)
         for step in range(max(map(len, waiting), default=0)):
-            now = [paths[step] for paths in waiting if len(paths) > step]
-            for path, (passes, gain) in _try(bench, now, silence).items():
-                if passes or any(names(name, path) for name in extra):
-                    found[path] = gain if passes else None
+            now = [groups[step] for groups in waiting if len(groups) > step]
+            for group, (passes, gain) in _try(bench, now, silence).items():
+                for path in group:
+                    if passes or any(names(name, path) for name in extra):
+                        found[path] = gain if passes else None
         mixing = _mixing(bench, list(found))
         kinds: dict[str, Kind] = {p: "attention" if p in mixing else "mlp" for p in found}
-        kinds |= {path: "experts" for path in found if isinstance(bench.layers[path], SWITCH)}
-        order = sorted(found, key=lambda path: (bench.block_of[path], called.index(path)))
+        kinds |= {path: "experts" for path in found if path in bench.experts}
+        order = sorted(found, key=lambda path: (bench.block_of[path], called.get(path, len(called)), path))
         return [Writer(path, bench.block_of[path], kinds[path], found[path]) for path in order]
 
 
 def rest(policy: Policy, writers: Sequence[Writer]) -> list[Rest]:
     """Blocks that write to the stream by other ways than `writers`; empty where all is known.
 
-    With all writers silent a block must give a multiple of what it reads, and with a direction taken out of all of them
-    nothing along it: what else it gives would hold a direction that was ablated from all writers.
+    With all writers silent a block must give a multiple of what it reads, at each token one of its own. With a
+    direction taken out of all of them, and of what the block reads, it must give nothing along it: what else it gives
+    would hold a direction that was ablated from all writers.
     """
     known = {writer.path for writer in writers}
-    with _Bench(policy) as bench:
+    with Bench(policy) as bench:
         spoken = bench.run({})
         silent = bench.run({path: bench.zero for path in known})
-        unit = np.array(bench.signs[0]) / np.sqrt(bench.width)
+        read, unit = np.array(bench.states), np.array(bench.signs[0]) / np.sqrt(bench.width)
         bases = {writer.path: mx.array(writer.basis(unit).astype(np.float32)) for writer in writers}
-        without = bench.run({path: _projection(basis) for path, basis in bases.items()})
+        bench.states = bench.states - (bench.states @ mx.array(unit))[..., None] * mx.array(unit)
+        without = bench.run({path: _projection(basis) for path, basis in bases.items()}) @ unit
         found = []
-        for block, read in enumerate(np.array(bench.states)):
-            kept = read * float((silent[block] * read).sum() / (read * read).sum())
-            other, part, whole = silent[block] - kept, (without[block] - kept) @ unit, spoken[block] - kept
-            shares = (_share(other, whole), _share(part, whole @ unit))
+        for block, states in enumerate(read):
+            shares = (silent[block] * states).sum(-1, keepdims=True) / (states * states).sum(-1, keepdims=True)
+            kept = states * shares
+            whole = spoken[block] - kept
+            shares = (_share(silent[block] - kept, whole), _share(without[block], whole @ unit))
             if max(shares) > bench.tolerance:
                 modules = [p for p, b in bench.block_of.items() if b == block and p not in known]
                 found.append(Rest(block, max(shares), modules))
@@ -119,135 +121,63 @@ def _share(part: np.ndarray, whole: np.ndarray) -> float:
     return float(np.linalg.norm(part) / max(float(np.linalg.norm(whole)), 1e-30))
 
 
-# ------------------------------------------------------------------ running blocks
-
-
-class _Bench:
-    """All decoder blocks side by side: each reads random states of its own, and layers can be told what to give."""
-
-    def __init__(self, policy: Policy) -> None:
-        self.policy, self.model = policy, policy.model
-        self.blocks = taps.blocks(self.model)
-        self.stack = ExitStack()
-        self.given: Mapping[str, Said] = {}
-        self.heard: dict[str, mx.array] = {}  # what layers would give, by path, in the order of their calls
-        self.out: dict[int, mx.array] = {}
-        keys = mx.random.split(mx.random.key(0), 3)
-        self.tokens = mx.random.randint(0, policy.vocabulary, (1, TOKENS), key=keys[0])
-        self.states = mx.zeros(0)
-        for i, path in enumerate(self.blocks):
-            self._tap(path, lambda x, _, i=i: self._feed(x, i), before=True)
-            self._tap(path, lambda x, _, i=i: self._catch(x, i))
-        self.policy.body.hidden(self.tokens)
-        first = self.out[0]
-        self.width = first.shape[-1]
-        if first.shape != (1, TOKENS, self.width):
-            self.stack.close()
-            raise UserError(
-                f"--model {policy.name}: its blocks pass on an array {first.shape}, not one vector per token: what "
-                "writes to such a stream cannot be told."
-            )
-        self.states = STATE_SIZE * mx.random.normal((len(self.blocks), TOKENS, self.width), key=keys[1])
-        self.states = self.states.astype(first.dtype).astype(mx.float32)
-        self.tolerance = 5e-3 if first.dtype == mx.float32 else 5e-2
-        self.zero = mx.zeros(self.width)
-        half = self.width // 2
-        signs = mx.concatenate([mx.ones(half), -mx.ones(self.width - half)])
-        self.signs = [signs[mx.random.permutation(self.width, key=key)] for key in mx.random.split(keys[2])]
-        self.layers = _candidates(self.model, self.width)
-        self.block_of = {p: i for p in self.layers for i, b in enumerate(self.blocks) if p.startswith(b + ".")}
-        for path in self.block_of:
-            self._tap(path, lambda y, _, path=path: self._say(y, path))
-        self.silent: dict[str, Said] = dict.fromkeys(self.block_of, self.zero)
-
-    def __enter__(self) -> "_Bench":
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        self.stack.close()
-
-    def run(self, given: Mapping[str, Said]) -> np.ndarray:
-        """What the blocks give, float32 [blocks, T, d], while the layers in `given` give what it says."""
-        self.given = given
-        self.heard.clear()
-        self.policy.body.hidden(self.tokens)
-        return np.array(mx.stack([self.out[i].astype(mx.float32).reshape(TOKENS, -1) for i in range(len(self.blocks))]))
-
-    @property
-    def called(self) -> list[str]:
-        """Layers in the order of their calls in the last run."""
-        return list(self.heard)
-
-    def _tap(self, path: str, tap: taps.Tap, before: bool = False) -> None:
-        self.stack.callback(taps.put(self.model, path, tap, before=before).remove)
-
-    def _feed(self, x: mx.array, block: int) -> mx.array:
-        return mx.broadcast_to(self.states[block], x.shape).astype(x.dtype) if self.states.size else x
-
-    def _catch(self, x: mx.array, block: int) -> mx.array:
-        self.out[block] = x
-        return x
-
-    def _say(self, y: mx.array, path: str) -> mx.array:
-        self.heard[path], said = y, self.given.get(path)
-        if isinstance(said, mx.array):
-            return mx.broadcast_to(said, y.shape).astype(y.dtype)
-        return said(y) if said else y
-
-
-def _candidates(model: nn.Module, width: int) -> dict[str, Base]:
-    """Path -> layer (the base of an adapted one) of all linear and expert layers with `width` outputs."""
-    adapted = adapters_of(model)
-    inside = tuple(path + "." for path in adapted)
-    layers = {path: layer for path, layer in adaptable(model).items() if not (inside and path.startswith(inside))}
-    layers |= {path: base_of(layer) for path, layer in adapted.items()}
-    return {p: layer for p, layer in layers.items() if isinstance(layer, LINEAR + SWITCH) and outputs(layer) == width}
-
-
-def outputs(layer: Base) -> int:
-    """Number of entries that a linear layer, or each expert, gives."""
-    return layer.output_dims if isinstance(layer, SWITCH) else matrix_shape(layer)[0]
-
-
 # ------------------------------------------------------------------ judging
 
 
-def _try(bench: _Bench, paths: list[str], silence: np.ndarray) -> dict[str, tuple[bool, np.ndarray | None]]:
-    """For one layer of each block: whether what it gives passes into the stream, and with which gain."""
+Groups = list[tuple[str, ...]]
+
+
+def _try(bench: Bench, groups: Groups, silence: np.ndarray) -> dict[tuple[str, ...], tuple[bool, np.ndarray | None]]:
+    """For one group of each block: whether what it gives passes into the stream, and with which gain.
+
+    Where it does not, it may do so beside other ways, through a norm to experts that give back what they read, say:
+    with an output far above all that norms let through, those are next to nothing.
+    """
 
     def move(vector: mx.array) -> np.ndarray:
+        paths = [path for group in groups for path in group]
         return bench.run({**bench.silent, **dict.fromkeys(paths, vector)}).astype(np.float64) - silence
 
     one, two = bench.signs
-    first = move(one)
-    moved = {path: bool(np.any(first[bench.block_of[path]])) for path in paths}
-    if not any(moved.values()):
-        return {path: (False, None) for path in paths}
-    second, threefold = move(two), move(3 * one)
-    found = {}
-    for path in paths:
-        block = bench.block_of[path]
-        answers = np.stack([first[block] * np.array(one), second[block] * np.array(two)])  # [2, T, d]: c * gain
-        found[path] = (False, None)
-        if moved[path] and (gain := _gain(answers, bench.tolerance)) is not None:
+    found: dict[tuple[str, ...], tuple[bool, np.ndarray | None]] = dict.fromkeys(groups, (False, None))
+    left = {group: bench.block_of[group[0]] for group in groups}
+    for size in (1.0, FAR):
+        first = move(size * one)
+        left = {group: block for group, block in left.items() if np.any(first[block])}
+        if not left:
+            break
+        second, threefold = move(size * two), move(3 * size * one)
+        for group, block in list(left.items()):
+            answers = np.stack([first[block] * np.array(one), second[block] * np.array(two)])  # [2, T, d]: c * gain
+            if (gain := _gain(answers, bench.tolerance)) is None:
+                continue
             normed = np.linalg.norm(threefold[block]) < 2 * np.linalg.norm(first[block])
+            if normed and size == FAR:  # the other ways are as large as this one
+                continue
             plain = not normed and np.abs(gain - 1).max() < bench.tolerance / 5
-            found[path] = True, None if plain else _exactly(bench, block, gain)
+            found[group] = True, None if plain else _exactly(bench, block, gain)
+            del left[group]
     return found
 
 
 def _gain(answers: np.ndarray, tolerance: float) -> np.ndarray | None:
-    """What all answers [2, T, d] are multiples of, float64 [d] with root mean square 1; None where they are not."""
+    """What all answers [2, T, d] are multiples of, float64 [d] with root mean square 1; None where they are not.
+
+    Tokens that do not answer do not count: they are routed elsewhere.
+    """
     sizes = np.sqrt((answers**2).mean(-1, keepdims=True))
-    if not np.isfinite(sizes).all() or sizes.min() == 0:
+    if not np.isfinite(sizes).all():
         return None
-    unit = answers / sizes
+    heard = sizes[..., 0] > 1e-3 * sizes.max()
+    if not heard.any(1).all():
+        return None
+    unit = answers[heard] / sizes[heard]
     unit = unit * np.sign(unit.sum(-1, keepdims=True))
-    gain = unit.mean((0, 1))
+    gain = unit.mean(0)
     return gain if np.sqrt(((unit - gain) ** 2).mean(-1)).max() < tolerance else None
 
 
-def _exactly(bench: _Bench, block: int, gain: np.ndarray) -> np.ndarray | None:
+def _exactly(bench: Bench, block: int, gain: np.ndarray) -> np.ndarray | None:
     """The gain without the stream's rounding: that of a norm of the block, where one has it; None where it is 1."""
     modules = dict(bench.model.named_modules())
     signs, best = bench.signs[0], (bench.tolerance, gain)
@@ -264,25 +194,60 @@ def _exactly(bench: _Bench, block: int, gain: np.ndarray) -> np.ndarray | None:
     return None if np.ptp(found) < 1e-6 else found
 
 
-def _mixing(bench: _Bench, paths: list[str]) -> set[str]:
-    """Writers whose output at a token depends on the token before, all other writers of their block being silent."""
-    by_block = [[path for path in paths if bench.block_of[path] == block] for block in range(len(bench.blocks))]
-    changed, usual, found = bench.states * 1, bench.states, set()
+def _mixing(bench: Bench, paths: list[str]) -> set[str]:
+    """Writers whose output at a token depends on the token before, all other writers of their block being silent.
+
+    One that gives the same at every token, whatever the block reads, has weights of zero before it, as models have
+    that nobody trained: it is asked again with noise in their place.
+    """
+    asked = [path for path in paths if path not in bench.experts]
+    found, deaf = _depending(bench, paths, asked)
+    if deaf:
+        with _noise_for_zeros(bench.model, [bench.blocks[bench.block_of[path]] for path in deaf]):
+            found |= _depending(bench, paths, deaf)[0]
+    return found
+
+
+def _depending(bench: Bench, paths: list[str], asked: list[str]) -> tuple[set[str], list[str]]:
+    """(those whose output at a token depends on the token before, those whose output depends on nothing)."""
+    by_block = [[path for path in asked if bench.block_of[path] == block] for block in range(len(bench.blocks))]
+    changed, usual = bench.states * 1, bench.states
     changed[:, -2] = -changed[:, -2] + 0.5 * STATE_SIZE
+    found, deaf = set(), []
     for step in range(max(map(len, by_block), default=0)):
-        now = [some[step] for some in by_block if len(some) > step and not isinstance(bench.layers[some[step]], SWITCH)]
+        now = [some[step] for some in by_block if len(some) > step]
         silent = {path: bench.zero for path in paths if path not in now}
         heard = []
         for states in (usual, changed):
             bench.states = states
             bench.run(silent)
-            heard.append({path: np.array(bench.heard[path].astype(mx.float32))[..., -1, :] for path in now})
+            heard.append({p: np.array(bench.heard[p].astype(mx.float32)).reshape(TOKENS, -1) for p in now})
         bench.states = usual
-        found |= {path for path in now if not np.array_equal(heard[0][path], heard[1][path])}
-    return found
+        for path in now:
+            one, other = heard[0][path], heard[1][path]
+            rounding = noise.of(one, other)
+            found |= {path} if not noise.only(one[-1] - other[-1], rounding) else set()
+            deaf += [path] if noise.only(one - other, rounding) else []
+    return found, deaf
 
 
-def _refuse_unknown(extra: Sequence[str], bench: _Bench) -> None:
+@contextmanager
+def _noise_for_zeros(model: nn.Module, blocks: list[str]) -> Iterator[None]:
+    """Inside, parameters of these blocks that are all zero are small and random."""
+    inside = tuple(block + "." for block in blocks)
+    tensors: list[tuple[str, mx.array]] = tree_flatten(model.parameters())  # pyright: ignore
+    zeros = [(p, x) for p, x in tensors if p.startswith(inside) and mx.issubdtype(x.dtype, mx.floating)]
+    zeros = [(path, x) for path, x in zeros if not mx.any(x)]
+    keys = mx.random.split(mx.random.key(0), len(zeros) + 1)
+    noisy = [(p, 0.1 * mx.random.normal(x.shape, x.dtype, key=key)) for (p, x), key in zip(zeros, keys, strict=False)]
+    try:
+        model.load_weights(noisy, strict=False)
+        yield
+    finally:
+        model.load_weights(zeros, strict=False)
+
+
+def _refuse_unknown(extra: Sequence[str], bench: Bench) -> None:
     for name in extra:
         if not any(names(name, path) for path in bench.called):
             known = sorted({path.rpartition(".")[2] for path in bench.called})

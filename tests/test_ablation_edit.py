@@ -129,7 +129,7 @@ def test_off_is_the_original_bit_for_bit(case: str, dora: bool):
     with policy.adapter_off():
         assert mx.array_equal(policy.model(TOKENS), before)
     with applied.off():
-        assert mx.allclose(policy.model(TOKENS), before, atol=1e-5)
+        assert mx.allclose(policy.model(TOKENS), before, atol=1e-4)
     now = {name.replace(".linear.", "."): np.array(value) for name, value in flat(policy)}
     assert all(np.array_equal(now[name], value) for name, value in tensors.items())  # no weight was touched
 

@@ -66,4 +66,4 @@ def test_torch_peft_gives_the_logits_of_the_ablated_model(
     flags = [word for name, path in paths.items() for word in (f"--{name}", str(path))]
     subprocess.run([torch_python() or "", str(GOLDEN / "make_peft.py"), *flags], check=True, capture_output=True)
     logits: Any = mx.load(str(paths["output"]))
-    assert far(logits["logits"], policy.model(TOKENS)) < 2e-5
+    assert far(logits["logits"], policy.model(TOKENS)) < 1e-4

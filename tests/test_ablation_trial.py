@@ -77,13 +77,13 @@ def test_a_slot_is_the_model_that_the_adapter_makes(kind: str):
         for slot, kernel in enumerate(KERNELS, 1):
             slots.set(slot, kernel.edits(found, direction))
         got = [joined(slots.logps(slot, TEXTS)) for slot in range(3)]
-        assert np.abs(naive(policy, TEXTS) - before).max() < 1e-5, "who asks for no slot gets the policy as it is"
-    assert np.abs(got[0] - before).max() < 1e-5
+        assert np.abs(naive(policy, TEXTS) - before).max() < 1e-4, "who asks for no slot gets the policy as it is"
+    assert np.abs(got[0] - before).max() < 1e-4
     for slot, kernel in enumerate(KERNELS, 1):
         fresh = make_policy(MODELS[kind](), rank=0)
         edit.put_on(fresh, kernel.edits(found, direction))
         after = naive(fresh, TEXTS)
-        assert np.abs(got[slot] - after).max() < (1e-4 if "4-bit" in kind else 1e-5)
+        assert np.abs(got[slot] - after).max() < 1e-4
         assert np.abs(after - before).max() > 1e-2
 
 

@@ -161,11 +161,11 @@ def test_affine_sets_the_component_to_its_mean_over_the_negatives(model_folder: 
     heard = outputs(policy, edits, PROMPTS)
     for one in edits:  # the mean by hand, over the last tokens
         expected = np.mean([heard[one.writer.path][i][-1] @ unit(R) for i in range(len(PROMPTS))])
-        assert means[one.writer.path][0] == pytest.approx(expected, abs=1e-5)
+        assert means[one.writer.path][0] == pytest.approx(expected, abs=1e-4)
     variants.rewrite(policy, edits, "affine", means)
     for path, texts in outputs(policy, edits, PROMPTS).items():
         along = np.concatenate(texts) @ unit(R)
-        np.testing.assert_allclose(along, means[path][0], atol=1e-5)  # at every token
+        np.testing.assert_allclose(along, means[path][0], atol=1e-4)  # at every token
     saved(policy, folder, edits, tmp_path / "out", variant="affine", means=means)
     model, *_ = mlx_lm.load(str(tmp_path / "out"))  # llama's mlx-lm code has biases to switch on
     assert mx.abs(model(TOKENS) - policy.model(TOKENS)).max().item() < 1e-4  # type: ignore[operator]
@@ -262,4 +262,4 @@ def test_in_the_weights_and_as_an_adapter_it_is_the_same_model():
     adapted, _ = ablated("llama")
     fused = policy_of("llama")
     variants.rewrite(fused, edit.plan(writers.find(fused), R), "plain")
-    assert mx.abs(adapted.model(TOKENS) - fused.model(TOKENS)).max().item() < 1e-5  # type: ignore[operator]
+    assert mx.abs(adapted.model(TOKENS) - fused.model(TOKENS)).max().item() < 1e-4  # type: ignore[operator]

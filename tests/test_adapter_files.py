@@ -72,7 +72,7 @@ def test_stock_mlx_lm_and_we_read_what_was_saved(tiny_model: Callable[..., Any],
     assert far(expected, base) > 0.1
     adapter.save(model, tmp_path, base_model="base", extra={"stage": "test"})
     stock = load_adapters(quantized(tiny_model(arch), packed), str(tmp_path))
-    assert far(stock(TOKENS), expected) < 1e-5
+    assert far(stock(TOKENS), expected) < 1e-4
     assert {path for path, module in stock.named_modules() if "lora_a" in module} == set(paths)
     ours = quantized(tiny_model(arch), packed)
     file = adapter.load(ours, tmp_path)
@@ -88,7 +88,7 @@ def test_mlx_lm_load_with_adapter_path(model_folder: Callable[..., Path], tmp_pa
     move(model)
     adapter.save(model, tmp_path / "adapter", base_model=str(folder))
     stock, _ = load(folder, tmp_path / "adapter")
-    assert far(stock(TOKENS), model(TOKENS)) < 1e-5
+    assert far(stock(TOKENS), model(TOKENS)) < 1e-4
     assert sorted(p.name for p in (tmp_path / "adapter").iterdir()) == ["adapter_config.json", "adapters.safetensors"]
 
 
@@ -108,7 +108,7 @@ def test_mlx_lms_own_folder_with_an_adapted_router(tiny_model: Callable[..., Any
     (tmp_path / "adapter_config.json").write_text(json.dumps(config))
     ours = tiny_model("qwen3_moe")
     file = adapter.load(ours, tmp_path)
-    assert far(ours(TOKENS), theirs(TOKENS)) < 1e-5
+    assert far(ours(TOKENS), theirs(TOKENS)) < 1e-4
     assert {layer.dropout for layer in adapter.adapters_of(ours).values()} == {0.1} and file.scale == 1.5
     router = "model.layers.1.mlp.gate"
     assert f"{router}.lora_a" in adapter.state(ours)

@@ -33,7 +33,7 @@ def test_a_fused_folder_is_the_adapted_model(
     assert cli.run(export.main, argv) == 0
     assert "of the adapter, largest difference of a log-prob" in capsys.readouterr().out
     fused, tokenizer = load(tmp_path / "fused")
-    assert far(fused(TOKENS), model(TOKENS)) < 2e-5
+    assert far(fused(TOKENS), model(TOKENS)) < 1e-4
     assert tokenizer.encode("abc") == load(folder)[1].encode("abc")
     assert not any("lora" in name for name, _ in tree_flatten(fused.parameters()))
     assert cli.run(export.main, argv) == 2  # the folder has files now
@@ -62,7 +62,7 @@ def test_a_quantised_base_is_fused_only_when_told_how(
     assert share > 100  # an adapter this small is lost in 4 bits
     assert cli.run(export.main, [*argv, str(tmp_path / "floats"), "--dequantize"]) == 0
     floats, config = load_model(tmp_path / "floats")
-    assert "quantization" not in config and far(floats(TOKENS), model(TOKENS)) < 2e-5
+    assert "quantization" not in config and far(floats(TOKENS), model(TOKENS)) < 1e-4
     assert cli.run(export.main, [*argv, str(tmp_path / "forced"), "--force"]) == 0
     forced, _ = load_model(tmp_path / "forced")
     layer = "model.layers.0.mlp.up_proj"

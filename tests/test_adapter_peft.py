@@ -32,10 +32,10 @@ def test_a_peft_folder_gives_the_logits_of_torch_peft(tmp_path: Path, case: str)
     base = peft_cases.write_base(tmp_path / "base", case)
     model, _ = load_model(base)
     adapter.load(model, peft_cases.write_peft(tmp_path / "peft", case))
-    assert far(model(TOKENS), golden[case]) < 2e-5
+    assert far(model(TOKENS), golden[case]) < 1e-4
     adapter.save(model, tmp_path / "mlx", base_model=str(base))
     stock = load_adapters(load_model(base)[0], str(tmp_path / "mlx"))
-    assert far(stock(TOKENS), golden[case]) < 2e-5
+    assert far(stock(TOKENS), golden[case]) < 1e-4
 
 
 @pytest.mark.parametrize("case", ["plain", "rslora", "dora", "one_layer", "experts"])
@@ -85,7 +85,7 @@ def test_torch_peft_gives_the_logits_of_the_export(tmp_path: Path, case: str):
     flags = [word for name, path in paths.items() for word in (f"--{name}", str(path))]
     subprocess.run([torch_python() or "", str(GOLDEN / "make_peft.py"), *flags], check=True, capture_output=True)
     logits: Any = mx.load(str(paths["output"]))
-    assert far(logits["logits"], model(TOKENS)) < 2e-5
+    assert far(logits["logits"], model(TOKENS)) < 1e-4
 
 
 @pytest.mark.parametrize(

@@ -38,6 +38,6 @@ def test_trains_and_its_adapter_loads_in_mlx_lm(
     assert steps[-1]["loss"] < 0.8 * steps[0]["loss"]
     tokens = mx.array([[65, 66, 67, 68, 257, 10, 70, 80]])
     model = mlx_lm.load(folder, adapter_path=str(output))[0]
-    np.testing.assert_allclose(model(tokens), policy.model(tokens), atol=2e-5)
+    np.testing.assert_allclose(model(tokens), policy.model(tokens), atol=1e-4)
     with policy.adapter_off():
         assert np.abs(np.array(model(tokens)) - np.array(policy.model(tokens))).max() > 0.01

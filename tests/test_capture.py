@@ -49,11 +49,11 @@ def test_only_the_blocks_asked_for_and_means_over_prompts():
     policy, rows = make_policy("llama"), texts(1)
     every = capture.collect(policy, rows)
     some = capture.collect(policy, rows, blocks=[1, -1])
-    np.testing.assert_allclose(some[:, 0], every[:, 2], atol=1e-5)
-    np.testing.assert_allclose(some[:, 1], every[:, 0], atol=1e-5)
+    np.testing.assert_allclose(some[:, 0], every[:, 2], atol=1e-4)
+    np.testing.assert_allclose(some[:, 1], every[:, 0], atol=1e-4)
     mean = capture.means(policy, rows, at_once=16)
     assert mean.dtype == np.float64
-    np.testing.assert_allclose(mean, every.astype(np.float64).mean(0), atol=1e-5)
+    np.testing.assert_allclose(mean, every.astype(np.float64).mean(0), atol=1e-4)
 
 
 @pytest.mark.parametrize("arch", ["llama", "gemma3_text", "lfm2"])

@@ -21,7 +21,7 @@ def test_exp_is_right_between_its_limits():
     right = np.exp(x.astype(np.float64))
     error = np.abs(exact(exp.fused(mx.array(x))) / right - 1)
     assert error.max() <= 3e-6
-    assert error[np.abs(x) <= 1].max() <= 3e-7
+    assert error[np.abs(x) <= 1].max() <= 5e-7
     below = mx.array(x[x <= 0])
     assert mx.array_equal(exp.values(below, negative=True), exp.fused(below))
 

@@ -18,12 +18,12 @@ PYTHON_FILES = sorted([*PACKAGE_FILES, *(ROOT / "tests").rglob("*.py"), *(ROOT /
 # From the bottom up. A module imports from rows above its own and from its own row; what no row names is a command
 # (it has a `main`) or the open top of the package.
 LAYERS = [
-    {"errors", "cache", "elf", "blas", "batch", "flags", "workers"},
+    {"errors", "cache", "elf", "blas", "batch", "calls", "flags", "noise", "workers"},
     {"kernels"},
     {"config", "losses", "advantages", "policy_gradient", "policy_terms", "sampling", "directions", "steerability"}
     | {"adapter", "arguments", "distributions", "fingerprint", "intervals"},
     {"loading", "head", "balance", "taps", "forward", "policy", "decoding", "stepping", "ways", "rollout", "capture"}
-    | {"writers", "vectors", "gguf_vectors", "verifiers", "data"},
+    | {"bench", "writers", "vectors", "gguf_vectors", "verifiers", "data"},
     {"methods", "preference", "steering", "ablation"},
 ]
 MLX_LM_USERS = {"policy", "loading", "forward", "decoding", "stepping", "adapter", "data", "generate", "kernels"}

@@ -53,13 +53,13 @@ def make_scores(batch: Batch, seed: int = 0) -> Scores:
 
 def test_sigmoid_has_the_values_and_slopes_of_the_formula():
     values = losses.sigmoid(pair(), beta=0.1)
-    np.testing.assert_allclose(values, SIGMOID, rtol=2e-7)
+    np.testing.assert_allclose(values, SIGMOID, rtol=1e-6)
     slopes = mx.grad(lambda c: losses.sigmoid(pair()._replace(chosen=c), beta=0.1).mean())(mx.array(CHOSEN))
     np.testing.assert_allclose(slopes, SLOPES, rtol=1e-6)
 
 
 def test_label_smoothing_is_conservative_dpo():
-    np.testing.assert_allclose(losses.sigmoid(pair(), beta=0.1, label_smoothing=0.1), SMOOTHED, rtol=2e-7)
+    np.testing.assert_allclose(losses.sigmoid(pair(), beta=0.1, label_smoothing=0.1), SMOOTHED, rtol=1e-6)
     flipped = pair()
     flipped = Pair(*(flipped[i] for i in (1, 0, 3, 2, 5, 4)))
     half = losses.sigmoid(pair(), beta=0.1, label_smoothing=0.5)
@@ -70,7 +70,7 @@ def test_at_the_reference_the_loss_is_ln_2():
     at_reference = pair()._replace(chosen=mx.array(REF_CHOSEN), rejected=mx.array(REF_REJECTED))
     for smoothing in (0.0, 0.3):
         values = losses.sigmoid(at_reference, beta=0.7, label_smoothing=smoothing)
-        assert np.abs(np.array(values) - math.log(2)).max() <= 1e-7
+        assert np.abs(np.array(values) - math.log(2)).max() <= 3e-7
 
 
 def test_sigmoid_stays_finite_far_out():

@@ -49,16 +49,16 @@ def test_on_policy_the_gradient_is_that_of_reinforce_per_token(name):
     policy, batch = make_policy("llama"), grouped_batch()
     tokens = float(batch.mask.sum().item())  # type: ignore[arg-type]
     found = gradient(policy, batch, replace(CONFIG, loss_type=name))
-    assert gap(found, reinforce(policy, batch, tokens)) < 1e-5
+    assert gap(found, reinforce(policy, batch, tokens)) < 1e-4
 
 
 def test_on_policy_grpo_weighs_every_completion_alike_and_dr_grpo_by_a_constant():
     policy, batch = make_policy("llama"), grouped_batch()
     inverse = lambda batch: 1 / batch.mask.sum(-1, keepdims=True)  # noqa: E731
     found = gradient(policy, batch, replace(CONFIG, loss_type="grpo"))
-    assert gap(found, reinforce(policy, batch, ROWS, inverse)) < 1e-5
+    assert gap(found, reinforce(policy, batch, ROWS, inverse)) < 1e-4
     found = gradient(policy, batch, replace(CONFIG, loss_type="dr_grpo"))
-    assert gap(found, reinforce(policy, batch, ROWS * 16)) < 1e-5
+    assert gap(found, reinforce(policy, batch, ROWS * 16)) < 1e-4
 
 
 @pytest.mark.parametrize("name", pg.names())
@@ -83,7 +83,7 @@ def test_cut_into_parts_the_sums_are_the_same(name):
     parts = [policy.losses(part, loss) for part in split(batch, 3)]
     assert len(parts) == 3
     together = add(add(parts[0], parts[1]), parts[2])
-    assert together.total.item() == pytest.approx(whole.total.item(), rel=1e-5, abs=1e-5)
+    assert together.total.item() == pytest.approx(whole.total.item(), rel=1e-4, abs=1e-4)
     assert together.count.item() == pytest.approx(whole.count.item())
 
 
@@ -112,11 +112,11 @@ def test_log_probs_are_taken_at_the_temperature(arch):
             - every.max(-1, keepdims=True)
         )
         expected = np.where(mask, every[np.arange(len(tokens)), tokens], 0.0)
-        assert own[: len(tokens)] == pytest.approx(expected, abs=2e-5)
+        assert own[: len(tokens)] == pytest.approx(expected, abs=1e-4)
     policy.prepare_for(frozenset())
     again = np.array(policy.token_logps(make_batch(SHAPES)))
     plain = naive_logps(policy.model, examples)
-    assert again[0][: len(plain[0])] == pytest.approx(plain[0], abs=2e-5)
+    assert again[0][: len(plain[0])] == pytest.approx(plain[0], abs=1e-4)
 
 
 def test_the_gradient_at_a_temperature_is_that_of_the_scaled_logits():

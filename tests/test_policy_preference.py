@@ -42,7 +42,7 @@ def test_prompt_logps_are_those_of_each_prompt_alone(arch: str):
     assert scores.prompt_logps is not None
     for found, example in zip(np.array(scores.prompt_logps), examples, strict=True):
         every, size = naive_distributions(policy, example.prompt), len(example.prompt) - 1
-        np.testing.assert_allclose(found[len(found) - size :], every[np.arange(size), example.prompt[1:]], atol=3e-5)
+        np.testing.assert_allclose(found[len(found) - size :], every[np.arange(size), example.prompt[1:]], atol=1e-4)
         assert not found[: len(found) - size].any()
 
 
@@ -53,7 +53,7 @@ def test_prompt_logps_have_a_gradient_and_both_ways_the_same():
 
     policy = needing(make_policy("llama"), "prompt_logps")
     found = [with_sharing(policy, on).gradients(make_batch(), loss)[1] for on in (True, False)]
-    assert gap(*found) <= 2e-5
+    assert gap(*found) <= 1e-4
     without = policy.gradients(make_batch(), lambda s, b: LossOutput(0.5 * s.logps.sum(), mx.array(1.0), {}))[1]
     assert gap(found[0], without) > 0.1
 
@@ -67,13 +67,13 @@ def test_log_sum_sq_is_that_of_the_whole_distribution():
         for tokens, mask in example.completions:
             every = naive_distributions(policy, np.concatenate([example.prompt, tokens]))[len(example.prompt) - 1 :]
             expected = np.where(mask, np.log(np.exp(2 * every).sum(-1)), 0.0)
-            np.testing.assert_allclose(next(rows)[: len(tokens)], expected, atol=3e-5)
+            np.testing.assert_allclose(next(rows)[: len(tokens)], expected, atol=1e-4)
 
 
 def test_token_logps_of_parts_are_those_of_the_whole():
     one, two = make_policy("llama"), make_policy("llama", workers=2)
-    np.testing.assert_allclose(one.token_logps(make_batch()), two.token_logps(make_batch()), rtol=2e-5)
-    np.testing.assert_allclose(two.token_logps(make_batch()).sum(-1), one.totals(make_batch()), rtol=2e-5)
+    np.testing.assert_allclose(one.token_logps(make_batch()), two.token_logps(make_batch()), rtol=1e-4)
+    np.testing.assert_allclose(two.token_logps(make_batch()).sum(-1), one.totals(make_batch()), rtol=1e-4)
 
 
 def test_the_reference_keeps_tokens_where_they_are_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -89,7 +89,7 @@ def test_the_reference_keeps_tokens_where_they_are_asked_for(tmp_path: Path, mon
         assert reference.computed == computed
         reference.close()
     sums = make(False)  # sums are other numbers, under keys of their own
-    np.testing.assert_allclose(sums.extras(rows, batch)["ref_logps"], expected.sum(-1), rtol=1e-5)
+    np.testing.assert_allclose(sums.extras(rows, batch)["ref_logps"], expected.sum(-1), rtol=1e-4)
     assert sums.computed == len(rows)
 
 

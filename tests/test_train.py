@@ -53,7 +53,7 @@ def test_four_micro_batches_of_one_row_are_one_of_four(tiny_model_dir, tmp_path,
     for one, other in zip(wide.steps, narrow.steps, strict=True):
         assert one.keys() == other.keys()
         for name, value in one.items():
-            assert other[name] == pytest.approx(value, rel=2e-5, abs=2e-6), name
+            assert other[name] == pytest.approx(value, rel=1e-4, abs=1e-5), name
     assert largest_difference(tensors(wide.folder), tensors(narrow.folder)) < 2e-3  # Adam divides by tiny numbers
 
 
@@ -81,7 +81,7 @@ def test_the_loss_of_a_window_is_the_mean_over_its_tokens(tiny_model_dir, tmp_pa
         for place, token in enumerate(answer, len(prompt) - 1):
             nats -= logits[place, token] - np.log(np.exp(logits[place]).sum())
             count += 1
-    assert run.steps[0]["loss"] == pytest.approx(nats / count, rel=1e-6)
+    assert run.steps[0]["loss"] == pytest.approx(nats / count, rel=1e-5)
     assert run.steps[0]["num_tokens"] == tokens
 
 

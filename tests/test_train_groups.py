@@ -184,8 +184,8 @@ def test_a_resumed_run_over_given_groups_remembers_whose_ratio_it_is(tmp_path, t
     assert again.code == 0
     a, b = rows_of(tmp_path / "a"), rows_of(tmp_path / "b")
     assert without_clocks(a) == without_clocks(b)
-    assert a[5]["ratio"] != pytest.approx(1, abs=1e-6)  # within the second epoch
-    assert a[4]["ratio"] == pytest.approx(1, abs=1e-5)  # at its start
+    assert a[5]["ratio"] != pytest.approx(1, abs=1e-4)  # within the second epoch
+    assert a[4]["ratio"] == pytest.approx(1, abs=1e-4)  # at its start
 
 
 def test_mixed_rows_and_held_out_problems(tmp_path, tiny_model_dir, judge):

@@ -114,9 +114,9 @@ def test_a_second_run_starts_from_an_adapter_and_measures_from_there(tiny_model_
     assert abs(init.steps[0]["loss"] - LN2) <= 1e-6
     base = launch(tmp_path / "base", tiny_model_dir, pairs, *words, "--reference", "base")
     assert abs(base.steps[0]["loss"] - LN2) > 1e-3
-    assert base.steps[0]["logps/chosen"] == pytest.approx(init.steps[0]["logps/chosen"], rel=1e-6)
+    assert base.steps[0]["logps/chosen"] == pytest.approx(init.steps[0]["logps/chosen"], rel=1e-5)
     fresh = launch(tmp_path / "fresh", tiny_model_dir, pairs, "--batch-size", 6, "--steps", 1)
-    assert reference_of(base.steps[0]) == pytest.approx(reference_of(fresh.steps[0]), rel=1e-6)
+    assert reference_of(base.steps[0]) == pytest.approx(reference_of(fresh.steps[0]), rel=1e-5)
     assert tensors(init.folder).keys() == tensors(first.folder).keys()
 
 
@@ -124,4 +124,4 @@ def test_a_checkpoint_serves_as_start_of_another_run(tiny_model_dir, tmp_path, p
     first = launch(tmp_path / "first", tiny_model_dir, pairs, "--batch-size", 6, "--steps", 3, "--save-every", 1)
     middle = first.folder / "checkpoints" / "step-000002"
     second = launch(tmp_path / "second", tiny_model_dir, pairs, "--batch-size", 6, "--steps", 1, "--adapter", middle)
-    assert second.steps[0]["logps/chosen"] == pytest.approx(first.steps[2]["logps/chosen"], rel=1e-6)
+    assert second.steps[0]["logps/chosen"] == pytest.approx(first.steps[2]["logps/chosen"], rel=1e-5)

@@ -58,7 +58,7 @@ def test_looking_for_the_program_takes_linear_time():
     for text in ("```" + "a" * 50_000 + "`", "`" * 50_000 + "x`", "```\n" * 12_000, " " * 50_000 + "```"):
         start = time.perf_counter()
         code.extract(text)
-        assert time.perf_counter() - start < 0.5
+        assert time.perf_counter() - start < 2  # quadratic time would be minutes
 
 
 @pytest.mark.parametrize(

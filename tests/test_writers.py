@@ -1,16 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """Writers of many architectures against what their code says, gains against their norms, and what is not found."""
 
+import re
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
-from mlx.utils import tree_map_with_path
+from mlx.utils import tree_flatten, tree_map_with_path
+from odd_models import ODD, odd_model
 from policy_tools import make_model, make_policy
 
-from mlx_realign import writers
+from mlx_realign import taps, writers
 from mlx_realign.errors import UserError
 from mlx_realign.policy import Policy
 
@@ -68,6 +70,37 @@ def test_all_that_a_block_adds_to_the_stream_is_found(arch: str):
     told = [[(w.path.split(".", 3)[3], w.kind) for w in found if w.block == b] for b in range(len(BLOCKS[arch]))]
     assert told == BLOCKS[arch]
     assert writers.rest(policy, found) == []
+
+
+LONGCAT = [("mlp.switch_mlp.down_proj", "experts")]
+for i in (0, 1):
+    LONGCAT += [(f"mlps.{i}.down_proj", "mlp"), (f"self_attn.{i}.o_proj", "attention")]
+# As BLOCKS, sorted; the experts of dbrx are modules of their own.
+ODD_BLOCKS: dict[str, list[tuple[str, str]]] = {
+    "gptj": [("attn.out_proj", "attention"), ("mlp.fc_out", "mlp")],
+    "baichuan_m1": [DENSE[1], DENSE[0]],
+    "falcon_h1": [("feed_forward.down_proj", "mlp"), ("mamba.out_proj", "attention"), DENSE[0]],
+    "afm7": [DENSE[1], ("self_attn.out_proj", "attention")],
+    "dbrx": [*((f"ffn.experts.{e}.w2", "experts") for e in range(4)), ("norm_attn_norm.attn.out_proj", "attention")],
+    "longcat_flash": sorted(LONGCAT),
+}
+
+
+@pytest.mark.parametrize("zero", [False, True])
+@pytest.mark.parametrize("arch", ODD_BLOCKS)
+def test_writers_of_odd_blocks_are_named_rightly(arch: str, zero: bool):
+    """zero: as built; then values of baichuan_m1 are zero, and its attention gives the same whatever it reads."""
+    policy = make_policy(make_model(arch, **ODD[arch]) if zero else odd_model(arch), rank=0)
+    before = {path: np.array(x) for path, x in tree_flatten(policy.model.parameters())}
+    found = writers.find(policy)
+    for b in range(len(taps.blocks(policy.model))):
+        mine = [w for w in found if w.block == b]
+        told = sorted((re.split(r"(?:layers|h|blocks)\.\d+\.", w.path)[1], w.kind) for w in mine)
+        assert told == ODD_BLOCKS[arch]
+    left = max([one.share for one in writers.rest(policy, found)], default=0.0)
+    assert left < (0.1 if arch == "longcat_flash" else 1e-9)  # its experts give back what a norm with gains gives them
+    for path, x in tree_flatten(policy.model.parameters()):
+        np.testing.assert_array_equal(x, before[path])
 
 
 @pytest.mark.parametrize(("arch", "bits"), [("qwen3_moe", 4), ("llama", 4), ("gemma2", 8)])

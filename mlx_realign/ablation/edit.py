@@ -23,6 +23,7 @@ from ..policy import Policy
 from ..writers import Writer, module_at
 
 Factors = tuple[np.ndarray, np.ndarray]  # A [..., in, r] and B [..., r, out] of a change A B of a weight's transpose
+ROUNDING = 1e-6  # of a share of a bias
 PIECE = 1 << 24  # entries of a weight that are held in float64 at a time
 
 
@@ -156,7 +157,7 @@ def bias_left(policy: Policy, edits: Sequence[Edit]) -> dict[str, float]:
             bias = np.array(layer.bias.astype(mx.float32)).astype(np.float64)
             size = float(np.linalg.norm(bias))
             share = float(np.linalg.norm(bias @ edit.directions.T)) / size if size else 0.0
-            found |= {edit.writer.path: share} if share else {}
+            found |= {edit.writer.path: share} if share > ROUNDING else {}
     return found
 
 
@@ -170,7 +171,8 @@ def _components(policy: Policy, edits: Sequence[Edit], tokens: mx.array) -> dict
     handles = []
 
     def see(y: mx.array, path: str, basis: mx.array) -> mx.array:
-        found[path] = mx.sqrt((y.astype(mx.float32) @ basis).square().mean())
+        size = mx.sqrt((y.astype(mx.float32) @ basis).square().mean())
+        found[path] = mx.maximum(found[path], size) if path in found else size  # an expert may be called token by token
         return y
 
     try:
@@ -178,7 +180,7 @@ def _components(policy: Policy, edits: Sequence[Edit], tokens: mx.array) -> dict
             path, basis = edit.writer.path, mx.array(edit.directions.T.astype(np.float32))
             handles.append(taps.put(policy.model, path, lambda y, _, path=path, basis=basis: see(y, path, basis)))
         policy.body.hidden(tokens)
-        return {edit.writer.path: float(np.array(found[edit.writer.path])) for edit in edits}
+        return {edit.writer.path: float(np.array(found.get(edit.writer.path, 0.0))) for edit in edits}
     finally:
         for handle in handles:
             handle.remove()

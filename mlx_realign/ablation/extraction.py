@@ -127,7 +127,7 @@ class Extracted:
         if self.given:
             return all(b in self.given.vectors and self.given.vectors[b].any() for b in neighbours(block))
         sides = [self.sides(b, position) for b in neighbours(block)]
-        return all((a.mean(0, dtype=np.float64) - b.mean(0, dtype=np.float64)).any() for a, b in sides)
+        return not any(directions.alike(a, b) for a, b in sides)
 
     @property
     def none(self) -> str:

@@ -4,9 +4,10 @@
 import numpy as np
 
 from .. import adapter, adapter_fuse
+from ..bench import outputs
 from ..errors import UserError
 from ..policy import Policy
-from ..writers import Writer, module_at, outputs
+from ..writers import Writer, module_at
 from . import edit, measure, study, variants
 from .extraction import Sets
 from .scorers import Judged, Setting, make

@@ -40,6 +40,13 @@ class Forced(NamedTuple):
     first: int  # the column whose prediction is the first one wanted
 
 
+def path_of_experts(path: str) -> str:
+    """Of the module that sums up what experts give, from the path of a layer in one: `ffn` of `ffn.experts.3.w2`."""
+    parts = path.split(".")
+    last = max(i for i, part in enumerate(parts) if part.isdigit())
+    return ".".join(parts[: last - 1])
+
+
 class Slots:
     """What the policy's writers lose, by slot: 0 nothing, 1 to `count` what `set` says. The context's end takes it off.
 
@@ -57,10 +64,17 @@ class Slots:
         self.starts: dict[tuple[int, tuple[int, ...]], list[PromptRecorder]] = {}
         self.stack = ExitStack()
         self.stack.callback(taps.release, policy.model, self.holder)
+        summed: set[str] = set()
         for i, writer in enumerate(writers):
             # Experts give [B, T, chosen, d] after they are in the tokens' order again, which is one level up.
-            is_expert = isinstance(module_at(policy.model, writer.path), SWITCH)
-            path = writer.path.rpartition(".")[0] if is_expert else writer.path
+            path = writer.path
+            if isinstance(module_at(policy.model, path), SWITCH):
+                path = path.rpartition(".")[0]
+            elif writer.kind == "experts":  # a module for each: behind their sum, which one tap is enough for
+                path = path_of_experts(path)
+                if path in summed:
+                    continue
+                summed.add(path)
             self.stack.callback(taps.put(policy.model, path, self._tap(i)).remove)
         self._write()
 
@@ -277,7 +291,7 @@ class _Rows(Decoder):
 def _bias(policy: Policy, writer: Writer) -> np.ndarray | None:
     """float32 [d]; of experts None: theirs are ablated too, since they cannot be told apart behind their sum."""
     layer = module_at(policy.model, writer.path)
-    return np.array(layer.bias.astype(mx.float32)) if "bias" in layer and not isinstance(layer, SWITCH) else None
+    return np.array(layer.bias.astype(mx.float32)) if "bias" in layer and writer.kind != "experts" else None
 
 
 class _Kept(PromptReader):

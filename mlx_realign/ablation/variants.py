@@ -115,6 +115,8 @@ def means_of(policy: Policy, edits: Sequence[Edit], prompts: Sequence[Sequence[i
             policy.body.hidden(mx.array([list(prompt)]))
             mx.eval(found)
             for edit in edits:
+                if edit.writer.path not in found:  # an expert that no token was sent to
+                    continue
                 values = np.array(found[edit.writer.path])
                 some = values if edit.writer.kind == "experts" else values[:, -1]
                 sums[edit.writer.path] += some.reshape(-1, values.shape[-1]).mean(0)

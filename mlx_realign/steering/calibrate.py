@@ -25,6 +25,7 @@ from .spec import Steer
 
 AT_ONCE = 4096  # tokens of prompts and completions computed together
 ROWS = 256  # logits of so many tokens exist at a time
+ROUNDING = 1e-6  # nats: what the divergence of a distribution from itself, computed twice, stays below
 SLOPE = 2.0  # d log KL / d log coefficient before anything is known
 STEEPEST, FLATTEST = 4.0, 0.5
 
@@ -90,7 +91,7 @@ def calibrate(
             )
             if abs(table[-1].kl / budget_nats - 1) <= tolerance or not search.learn(table[-1].kl):
                 break
-    if all(one.kl == 0 for one in table):
+    if all(one.kl <= ROUNDING for one in table):
         raise UserError(
             "calibrate: this steering changes no token's distribution at any coefficient tried. Steer other blocks or "
             "positions, or prompts that meet its condition."

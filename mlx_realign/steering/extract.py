@@ -195,8 +195,9 @@ def extract(policy: Policy, contrast: Contrast, settings: Settings, say: Say = l
     options = {"variant": settings.pca_variant} if settings.method == "pca" else {}
     found: dict[int, np.ndarray] = {}
     for i, block in enumerate(blocks):
-        difference = positive[:, i].mean(0, dtype=np.float64) - negative[:, i].mean(0, dtype=np.float64)
-        if not difference.any():  # the embedding of a last token that all prompts share, say
+        if directions.alike(
+            positive[:, i], negative[:, i]
+        ):  # the embedding of a last token that all prompts share, say
             continue
         found[block] = directions.extract(METHODS[settings.method], positive[:, i], negative[:, i], **options)
     baseline = {block: negative[:, i].mean(0, dtype=np.float64) for i, block in enumerate(blocks)}

@@ -20,6 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 from .. import capture, vectors
+from ..directions import alike, mean_difference
 from ..errors import UserError
 from ..policy import Policy
 from ..vectors import About, Direction
@@ -86,14 +87,13 @@ def fitted(policy: Policy, contrast: Contrast, blocks: str = "all") -> Fit:
             raise UserError(f"a condition needs at least {LEAST} prompts of each kind; {len(prompts)} are {name}.")
         sides.append(capture.collect(policy, capture.encode(policy, prompts))[:, :, 0].astype(np.float64))
     positive, negative = ([side[half::2] for half in (0, 1)] for side in sides)
-    means = positive[0].mean(0), negative[0].mean(0)
+    behind = negative[0].mean(0)
     every = list(range(-1, sides[0].shape[1] - 1))
-    rows = {
-        block: ahead - behind for block, ahead, behind in zip(every, *means, strict=True) if (ahead != behind).any()
-    }
+    halves = {b: (positive[0][:, i], negative[0][:, i]) for i, b in enumerate(every)}
+    rows = {block: mean_difference(*both) for block, both in halves.items() if not alike(*both)}
     if not rows:
         raise UserError("both sets give the same states in every block: the prompts do not differ where they are read.")
-    direction = Direction(rows, baseline={b: means[1][i] for i, b in enumerate(every) if b in rows})
+    direction = Direction(rows, baseline={b: behind[i] for i, b in enumerate(every) if b in rows})
     allowed = blocks_of(blocks, direction, flag="--block")
     kept = Direction({b: direction.vectors[b] for b in allowed}, baseline={b: direction.baseline[b] for b in allowed})
     found = fit(positive[1], negative[1], kept, every)
