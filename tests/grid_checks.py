@@ -280,8 +280,8 @@ CHECKS = [
 
 
 def measure(arch: str, folder: Path) -> dict[str, Any]:
-    """{"shared": bool or None, "notes": lines of the load-time check, "cells": {name of a check: Cell}}."""
-    found: dict[str, Any] = {"shared": None, "notes": [], "cells": {}}
+    """{"way": how rows are computed, "notes": lines of the load-time check, "cells": {name of a check: Cell}}."""
+    found: dict[str, Any] = {"way": "", "notes": [], "cells": {}}
     cells: dict[str, Cell] = found["cells"]
     made: list[Case] = []
     with warnings.catch_warnings():
@@ -291,7 +291,7 @@ def measure(arch: str, folder: Path) -> dict[str, Any]:
             found["cells"] = {check.name: trouble for check in CHECKS if check.run is not gradient_alone}
             return found
         (case,) = made
-        found |= {"shared": case.policy.sharing, "notes": [*case.checks.notes]}
+        found |= {"way": _way(case.policy), "notes": [*case.checks.notes]}
         for check in CHECKS:
             cell = _cell(lambda run=check.run: run(case), folder)
             if cell is not None:
@@ -301,6 +301,12 @@ def measure(arch: str, folder: Path) -> dict[str, Any]:
     made.clear()
     gc.collect()
     return found
+
+
+def _way(policy: Policy) -> str:
+    if not policy.sharing:
+        return "each row alone"
+    return "prompts of one length shared" if getattr(policy, "even", False) else "prompts shared"
 
 
 def _cell(run: Callable[[], Any], folder: Path) -> Any:

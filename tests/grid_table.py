@@ -39,7 +39,7 @@ def measured(arch: str) -> dict[str, Any]:
     file = WORK / f"{arch}.json"
     if not file.exists():
         WORK.mkdir(parents=True, exist_ok=True)
-        lost = {"shared": None, "notes": [], "cells": {"log-probs": "fails: the process ended"}}
+        lost = {"way": "", "notes": [], "cells": {"log-probs": "fails: the process ended"}}
         file.write_text(json.dumps(lost))  # it stays where the process is killed
         with tempfile.TemporaryDirectory() as folder:
             file.write_text(json.dumps(measure(arch, Path(folder)), indent=1))
@@ -71,9 +71,9 @@ def _cells(one: dict[str, Any], reasons: dict[str, int]) -> list[str]:
     for name, parts in COLUMNS.items():
         word, line = verdict([one["cells"][part] for part in parts if part in one["cells"]])
         if name == "trains" and word == "yes":
-            word = "prompts shared" if one["shared"] else "each row alone"
-            line = "" if one["shared"] else next((n for n in one["notes"] if "not shared" in n), "")
-            line = line.rpartition("alone: ")[2]
+            word = one["way"]
+            line = next((n for n in one["notes"] if n.startswith(("prompts are not", "only prompts"))), "")
+            line = line.rpartition(": ")[2] if "it raised" not in line else line[line.index("it raised") :]
         number = f" ({reasons.setdefault(line, len(reasons) + 1)})" if line else ""
         said.append(word + number)
     numbers = [cell for cell in one["cells"].values() if not isinstance(cell, str)]

@@ -36,7 +36,7 @@ def hold(arch: str, folder: Path) -> None:
     for name, parts in COLUMNS.items():
         word, _ = verdict([found["cells"][part] for part in parts if part in found["cells"]])
         if name == "trains" and word == "yes":
-            word = "prompts shared" if found["shared"] else "each row alone"
+            word = found["way"]
         said = row[name].partition(" (")[0]
         assert said == word, f"docs/models.md says `{said}` of {arch}, {name}, and it is `{word}`: make the table again"
 
