@@ -91,9 +91,10 @@ def write_folder(folder: Path, arch: str) -> Path:
 def _spread(path: str, x: mx.array) -> mx.array:
     if not mx.issubdtype(x.dtype, mx.floating):
         return x
+    noise = mx.random.normal(x.shape, key=mx.random.key(zlib.crc32(path.encode()))).astype(x.dtype)
     if x.ndim >= 2 and not any(part in path for part in SPARED):
-        return x * 1.5
-    return x + 0.05 * mx.random.normal(x.shape, key=mx.random.key(zlib.crc32(path.encode()))).astype(x.dtype)
+        return x * 1.5 if mx.any(x).item() else 0.2 * noise
+    return x + 0.05 * noise
 
 
 # ------------------------------------------------------------------ mlx-lm

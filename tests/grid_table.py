@@ -74,6 +74,7 @@ def _cells(one: dict[str, Any], reasons: dict[str, int]) -> list[str]:
             word = one["way"]
             line = next((n for n in one["notes"] if n.startswith(("prompts are not", "only prompts"))), "")
             line = line.rpartition(": ")[2] if "it raised" not in line else line[line.index("it raised") :]
+        line = line.removeprefix("--model MODEL: ")
         number = f" ({reasons.setdefault(line, len(reasons) + 1)})" if line else ""
         said.append(word + number)
     numbers = [cell for cell in one["cells"].values() if not isinstance(cell, str)]

@@ -7,6 +7,7 @@ Here those that stand for a kind; the others are slow. docs/models.md says the s
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
 import pytest
 from docs_tools import tables
 from grid_checks import LIMIT, measure
@@ -18,8 +19,26 @@ from grid_table import COLUMNS, PAGE, verdict
 # lent keys, learned positions.
 QUICK = """llama qwen3 gemma3 gemma4 gpt_oss deepseek_v3 kimi_linear qwen3_next mamba2 nemotron_h jamba rwkv7 falcon_h1
 lfm2 llama4 nemotron-nas gptj ministral3 afm7 gpt2""".split()
+METAL = "No Metal back-end"
 # By architecture and check ("all": each of them), words of the line that refuses it. What is not here must work.
-REFUSED: dict[str, dict[str, str]] = {}
+REFUSED: dict[str, dict[str, str]] = {
+    "bitnet": {"all": METAL},
+    "dbrx": {"ablation": "by ways that are not known (w2)"},  # experts that are called with the tokens of their choice
+    "deepseek_v41": {"all": "Cannot calculate VJP"},
+    "gear": {"all": "its tokenizer cannot be read"},  # transformers does not take its kinds of layers
+    "gemma3n": {"all": "Gemma 3n is not supported"},
+    "iquestloopcoder": dict.fromkeys(["steering", "steering, generated", "ablation"], "never calls it"),
+    "kimi_k3": {"gradient, checkpointed": "gradient checkpointing is off"},  # blocks that keep what others gave
+    "longcat_flash": {"ablation": "by ways that are not known"},
+    "longcat_flash_ngram": {"ablation": "by ways that are not known"},
+    "muse_spark": {"all": METAL},
+    "olmo": {"all": "ai2-olmo"},
+    "phi3small": {"all": "rows of a batch are not what mlx-lm gives"},  # there, tokens see those that come after them
+    "prism_hadamard_qwen35": {"all": "has no setting for it"},
+    "recurrent_gemma": {"all": "_no_grad"},
+    "rwkv7": {"ablation": "by ways that are not known"},  # its first block norms the stream itself
+    "talkie": {"ablation": "by ways that are not known"},  # every block adds the embeddings again
+}
 
 
 def found_in(page: Path) -> dict[str, dict[str, str]]:
@@ -29,6 +48,8 @@ def found_in(page: Path) -> dict[str, dict[str, str]]:
 
 
 def hold(arch: str, folder: Path) -> None:
+    if mx.metal.is_available() and REFUSED.get(arch, {}).get("all") == METAL:
+        pytest.skip("the page tells what a CPU refuses")
     found = measure(arch, folder)
     wrong = [line for name, cell in found["cells"].items() if (line := trouble(arch, name, cell))]
     assert not wrong, "\n".join(wrong)
