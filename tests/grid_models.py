@@ -79,12 +79,12 @@ def write_folder(folder: Path, arch: str) -> Path:
         model_class, args_class = _get_classes(model_config(arch))
         mx.random.seed(1)
         model = model_class(args_class.from_dict(model_config(arch)))
+        model.update(tree_map_with_path(_spread, model.parameters()))
+        mx.eval(model.parameters())
     except (Exception, SystemExit):  # one file of mlx-lm ends the process where a package is missing
         mx.save_safetensors(str(folder / "model.safetensors"), {"nothing": mx.zeros(1)})
-        return folder
-    model.update(tree_map_with_path(_spread, model.parameters()))
-    mx.eval(model.parameters())
-    save_model(folder, model)
+    else:
+        save_model(folder, model)
     return folder
 
 

@@ -23,11 +23,13 @@ METAL = "No Metal back-end"
 # By architecture and check ("all": each of them), words of the line that refuses it. What is not here must work.
 REFUSED: dict[str, dict[str, str]] = {
     "bitnet": {"all": METAL},
-    "dbrx": {"ablation": "by ways that are not known (w2)"},  # experts that are called with the tokens of their choice
     "deepseek_v41": {"all": "Cannot calculate VJP"},
     "gear": {"all": "its tokenizer cannot be read"},  # transformers does not take its kinds of layers
     "gemma3n": {"all": "Gemma 3n is not supported"},
-    "iquestloopcoder": dict.fromkeys(["steering", "steering, generated", "ablation"], "never calls it"),
+    "iquestloopcoder": {
+        "gradient, checkpointed": "computes with the parts of its layers",
+        **dict.fromkeys(["steering", "steering, generated", "ablation"], "never calls it"),
+    },
     "kimi_k3": {"gradient, checkpointed": "gradient checkpointing is off"},  # blocks that keep what others gave
     "longcat_flash": {"ablation": "by ways that are not known"},
     "longcat_flash_ngram": {"ablation": "by ways that are not known"},
