@@ -85,7 +85,7 @@ def test_the_command_runs(command: Command, desk: Path, model: Path, adapter: Pa
         assert words[0] in targets
     elif words[:1] == ["install"] or words[:3] == ["-m", "pip", "install"]:
         check_install(words[-1])
-    elif program == "python" and words[0].startswith(("benchmarks/", "docs/")):
+    elif program == "python" and words[0].startswith(("benchmarks/", "docs/", "tests/")):
         source = (ROOT / words[0]).read_text()
         assert all(word in source for word in words[1:] if word.startswith("--"))
     elif program == "mlx_lm.generate":
@@ -289,7 +289,7 @@ def test_every_flag_and_path_a_page_names_exists(page: Path):
             known |= {field.flag, field.flag.replace("--", "--no-", 1)}
     known |= {"--method", "--config"}
     for flag in set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", re.sub(r"<!--.*?-->", "", text))):
-        if not re.search(rf"(make|benchmarks/|docs/).*{flag}", text):
+        if not re.search(rf"(make|benchmarks/|docs/|tests/).*{flag}", text):
             assert flag in known, f"{name(page)}: {flag} is no flag"
     for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", text):
         assert (page.parent / target).exists(), f"{name(page)}: {target} is not there"

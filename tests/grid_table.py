@@ -1,0 +1,111 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Measures every architecture of the grid and writes the table of docs/models.md.
+
+python tests/grid_table.py                    (minutes; what is in the work folder already is not measured again)
+python tests/grid_table.py --fresh            (measures all again)
+python tests/grid_table.py llama gemma3       (measures these again, and writes the table of all there are)
+
+The work folder is build/grid: one JSON per architecture.
+"""
+
+import json
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import mlx_realign  # noqa: F401  # before mlx: it loads a fast BLAS
+
+ROOT = Path(__file__).parent.parent
+PAGE, WORK = ROOT / "docs/models.md", ROOT / "build/grid"
+BEGIN, END = "<!-- made by tests/grid_table.py -->", "<!-- end -->"
+HEAD = ["model", "trains", "checkpointing", "rollout", "steering", "generated alone", "ablation", "worst"]
+# The cells of a column: all must be right.
+COLUMNS = {
+    "trains": ["log-probs", "gradient", "gradient, rows alone"],
+    "checkpointing": ["gradient, checkpointed"],
+    "rollout": ["rollout"],
+    "steering": ["steering"],
+    "generated alone": ["steering, generated"],
+    "ablation": ["ablation"],
+}
+LIMIT = 1e-4
+
+
+def measured(arch: str) -> dict[str, Any]:
+    """What was found, from the work folder or now."""
+    from grid_checks import measure
+
+    file = WORK / f"{arch}.json"
+    if not file.exists():
+        WORK.mkdir(parents=True, exist_ok=True)
+        lost = {"way": "", "notes": [], "cells": {"log-probs": "fails: the process ended"}}
+        file.write_text(json.dumps(lost))  # it stays where the process is killed
+        with tempfile.TemporaryDirectory() as folder:
+            file.write_text(json.dumps(measure(arch, Path(folder)), indent=1))
+        print(arch, flush=True)
+    return json.loads(file.read_text())
+
+
+def verdict(cells: list[Any]) -> tuple[str, str]:
+    """(yes, no or wrong; the line that says why) of the cells of a column."""
+    for cell in cells:
+        if isinstance(cell, str):
+            word, _, line = cell.partition(": ")
+            return {"refused": "no", "fails": "**fails**"}[word], line
+    wrong = [cell for cell in cells if not cell <= LIMIT]
+    return ("yes", "") if cells and not wrong else ("**wrong**", f"off by {max(wrong, default=0):.0e}")
+
+
+def table(found: dict[str, dict[str, Any]]) -> str:
+    """A row per architecture, then the lines that rows refer to by number."""
+    lines, reasons = [_row(HEAD), _row(["---"] * len(HEAD))], {}
+    for arch, one in found.items():
+        lines.append(_row([f"`{arch}`", *_cells(one, reasons)]))
+    lines += ["", *(f"{number}. {reason}" for reason, number in reasons.items())]
+    return "\n".join(lines)
+
+
+def _cells(one: dict[str, Any], reasons: dict[str, int]) -> list[str]:
+    said = []
+    for name, parts in COLUMNS.items():
+        word, line = verdict([one["cells"][part] for part in parts if part in one["cells"]])
+        if name == "trains" and word == "yes":
+            word = one["way"]
+            line = next((n for n in one["notes"] if n.startswith(("prompts are not", "only prompts"))), "")
+            line = line.rpartition(": ")[2] if "it raised" not in line else line[line.index("it raised") :]
+        line = line.removeprefix("--model MODEL: ")
+        number = f" ({reasons.setdefault(line, len(reasons) + 1)})" if line else ""
+        said.append(word + number)
+    numbers = [cell for cell in one["cells"].values() if not isinstance(cell, str)]
+    return [*said, f"{max(numbers):.0e}" if numbers else "-"]
+
+
+def _row(cells: list[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def main(argv: list[str]) -> int:
+    """Measure what is missing, write the page, count what is wrong."""
+    from grid_models import ARCHITECTURES
+
+    again = ARCHITECTURES if "--fresh" in argv else [word for word in argv if word in ARCHITECTURES]
+    for arch in again:
+        (WORK / f"{arch}.json").unlink(missing_ok=True)
+    found = {arch: measured(arch) for arch in sorted(ARCHITECTURES, key=str.lower)}
+    text = PAGE.read_text(encoding="utf-8")
+    before, _, rest = text.partition(BEGIN)
+    PAGE.write_text(f"{before}{BEGIN}\n{table(found)}\n{END}{rest.partition(END)[2]}", encoding="utf-8")
+    every = [(arch, name, cell) for arch, one in found.items() for name, cell in one["cells"].items()]
+    bad = [f"{arch}, {name}: {cell}" for arch, name, cell in every if _bad(cell)]
+    print("\n".join(bad))
+    print(f"{len(found)} architectures, {len(bad)} cells that are neither right nor refused")
+    return int(bool(bad))
+
+
+def _bad(cell: Any) -> bool:
+    return not cell.startswith("refused: ") if isinstance(cell, str) else not cell <= LIMIT
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1:]))
