@@ -18,6 +18,7 @@ LOCAL_THETA = ("rope_local_base_freq", "rope_local_theta", "swa_rope_theta")
 PARTIAL = ("partial_rotary_factor", "rotary_pct", "rotary_dim")
 PATTERN = "sliding_window_pattern"
 LOCAL_UNSCALED = {"olmo3"}  # one theta for all layers, and sliding ones without the scaling
+TEXT_ARGS = ("TextArgs", "TextConfig", "TextModelArgs")
 NOT_SCALING = {"rope_theta", "partial_rotary_factor", "type", "rope_type", "max_position_embeddings"}
 SIZES = "hidden_size vocab_size intermediate_size num_hidden_layers num_attention_heads".split()  # never by default
 IGNORED = {"mrope_section", "mrope_interleaved", "finetuned", "attn_factor"}  # nothing to text alone, or left to mlx-lm
@@ -130,12 +131,11 @@ def _is_file(kind: type) -> bool:
 
 def _text_args(modules: list[ModuleType], part: dict[str, Any]) -> type | None:
     """The class that a model file with a `text_config` reads it into: its own, or another model file's."""
+    own = lambda module: [kind for key, kind in vars(module).items() if key in TEXT_ARGS]  # noqa: E731
     for module in modules:
-        own = [value for key, value in vars(module).items() if key in ("TextArgs", "TextConfig", "TextModelArgs")]
         files = [value for value in vars(module).values() if isinstance(value, ModuleType) and hasattr(value, "Model")]
         named = [file for file in files if file.__name__.endswith(f".{part.get('model_type')}")]
-        found = own or [file.ModelArgs for file in (named or files)]
-        if found:
+        if found := own(module) or [kind for file in named or files for kind in own(file) or [file.ModelArgs]]:
             return found[0]
     return None
 

@@ -287,7 +287,7 @@ def test_every_flag_and_path_a_page_names_exists(page: Path):
     for cls in settings:
         for field in flags.fields_of(cls).values():
             known |= {field.flag, field.flag.replace("--", "--no-", 1)}
-    known |= {"--method", "--config"}
+    known |= {"--method", "--config", "--version"}
     for flag in set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", re.sub(r"<!--.*?-->", "", text))):
         if not re.search(rf"(make|benchmarks/|docs/|tests/).*{flag}", text):
             assert flag in known, f"{name(page)}: {flag} is no flag"

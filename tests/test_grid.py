@@ -36,7 +36,7 @@ REFUSED: dict[str, dict[str, str]] = {
     "muse_spark": {"all": METAL},
     "olmo": {"all": "ai2-olmo"},
     "phi3small": {"all": "rows of a batch are not what mlx-lm gives"},  # there, tokens see those that come after them
-    "prism_hadamard_qwen35": {"all": "has no setting for it"},
+    "prism_hadamard_qwen35": {"ablation": "by ways that are not known"},  # layers of a kind of its own
     "recurrent_gemma": {"all": "_no_grad"},
     "rwkv7": {"ablation": "by ways that are not known"},  # its first block norms the stream itself
     "talkie": {"ablation": "by ways that are not known"},  # every block adds the embeddings again
