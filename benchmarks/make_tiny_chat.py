@@ -159,7 +159,7 @@ def train(model: llama.Model, tokenizer: Tokenizer, steps: int, seed: int = 1) -
         return nn.losses.cross_entropy(model.model.embed_tokens.as_linear(hidden), targets, reduction="mean")
 
     kernels.install(model)
-    blas.set_threads(1)  # its matrices are so small that a second thread only costs
+    blas.set_usual_threads(1)  # its matrices are so small that a second thread only costs
     gradient_of = nn.value_and_grad(model, loss)
     optimizer = optim.AdamW(PEAK_LEARNING_RATE, betas=[0.9, 0.98], weight_decay=0.1, bias_correction=True)
     began, mean, stream = time.perf_counter(), 0.0, batches(tokenizer, seed)

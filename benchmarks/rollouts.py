@@ -33,7 +33,6 @@ from mlx_realign import blas, data
 from mlx_realign.config import TrainSettings
 from mlx_realign.policy import Policy
 from mlx_realign.rollout import Sampling, rollout
-from mlx_realign.workers import cores
 
 Call = Callable[[list[list[int]], int], int]  # prompts and a seed -> tokens generated
 OURS, THEIRS = "mlx-realign", "batch_generate"
@@ -77,7 +76,7 @@ def contestants(model: str, tokens: int) -> tuple[dict[str, Call], Any]:
 
 def measure(call: Call, prompts: list[list[int]], seed: int) -> dict[str, float]:
     """Seconds, tokens and memory of one call."""
-    blas.set_threads(cores())
+    blas.set_threads()
     mx.clear_cache()
     mx.reset_peak_memory()
     held, start = mx.get_active_memory(), time.perf_counter()

@@ -37,7 +37,6 @@ from mlx_realign.policy import Policy
 from mlx_realign.sampling import Sampling
 from mlx_realign.steering import Schedule, Steer, Steering, steer
 from mlx_realign.vectors import Direction
-from mlx_realign.workers import cores
 
 PROMPT = "Write a long story about a lighthouse keeper and the garden that she made among the rocks."
 WARM_UP = 2
@@ -136,7 +135,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=24, help="decode steps of a run")
     parser.add_argument("--steer", default="add-1,add-all", help="comma-separated; `all` for every kind")
     a = parser.parse_args()
-    blas.set_threads(cores())
+    blas.set_threads()
     policy = Policy.load(a.model)
     blocks = list(range(len(taps.blocks(policy.model))))
     width = policy.body.hidden(mx.array([[0]])).shape[-1]

@@ -72,6 +72,7 @@ class InUse(NamedTuple):
         return f"{said}. {INSTALL}" if self.library is None and self.wanting else said
 
 
+_usual = os.cpu_count() or 1  # threads of a matmul, until a policy says otherwise
 _in_use = InUse("", "", None, "", ())  # before `load_fast_blas`, and where MLX calls no BLAS
 
 
@@ -109,10 +110,20 @@ def candidates() -> Iterator[Candidate]:
     yield from (Candidate(f"{name} of the system", name) for name in SYSTEM)
 
 
-def set_threads(count: int) -> None:
-    """Number of threads of each matmul; no effect where the library in use has no such function."""
+def set_threads(most: int | None = None) -> None:
+    """At most so many threads for each matmul, and no more than usual; None: as many as usual.
+
+    No effect where the library in use has no such function.
+    """
     if setter := _function("openblas_set_num_threads"):
-        setter(ctypes.c_int(count))
+        setter(ctypes.c_int(_usual if most is None else min(most, _usual)))
+
+
+def set_usual_threads(count: int) -> None:
+    """Threads of each matmul from here on, where nothing asks for fewer."""
+    global _usual
+    _usual = count
+    set_threads()
 
 
 def threads() -> int | None:

@@ -5,6 +5,7 @@
 in chunks at trained positions only.
 """
 
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import cached_property, partial
@@ -21,6 +22,7 @@ from .head import Body
 from .kernels import install, token_scores
 from .workers import Workers, cores
 
+SMALL = 20e6  # parameters; the matrices of a smaller model are multiplied three times faster by one thread than by two
 Loss = Callable[[Scores, Batch], LossOutput]
 
 
@@ -46,6 +48,8 @@ class Policy:
         self.notes += self.kernels.notes
         if loading.on_cpu() and blas.in_use().wanting and (line := blas.in_use().line()):
             self.notes.append(line)
+        _live.add(self)
+        blas.set_usual_threads(cores() if any(one.parameters >= SMALL for one in _live) else 1)
         self.refresh()
 
     def close(self) -> None:
@@ -340,6 +344,9 @@ class Policy:
         from mlx_lm.utils import get_total_parameters
 
         return get_total_parameters(self.model)
+
+
+_live: weakref.WeakSet[Policy] = weakref.WeakSet()
 
 
 def limit_memory(limit_gb: float | None) -> None:

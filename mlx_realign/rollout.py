@@ -11,15 +11,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from . import blas, data, taps, ways
+from . import data, taps, ways
 from .decoding import Decoder, Row
 from .errors import UserError
 from .policy import Policy
 from .sampling import Sampling, numbers
 from .stepping import Stepper
-from .workers import cores
 
-SMALL = 20e6  # parameters; the matrices of a smaller model are multiplied three times faster by one thread than by two
 LEAVE = 8  # rows go when at least one in so many is done: each time the keys and values of the others are copied
 
 
@@ -47,26 +45,22 @@ def rollout(
     The same seed gives the same text again; a completion's random numbers belong to its place (prompt, member).
     variants: for each prompt the configuration that taps on the model (steering, say) apply to it.
     """
-    blas.set_threads(1 if policy.parameters < SMALL else cores())
     _check(policy, prompts, variants)
-    try:
-        way = ways.check(policy)[0]
-        policy.notes += [note for note in ways.notes(policy) if note not in policy.notes]
-        most = rows if way in ways.TOGETHER else 1
-        decoder = ways.decoder(policy, way, sampling)
-        groups: list[list[Row]] = []  # one larger than the batch in pieces
-        for i, prompt in enumerate(prompts):
-            for start in range(0, group_size, most):
-                members, ids = range(start, min(start + most, group_size)), np.array(prompt, np.int32)
-                variant = variants[i] if variants else 0
-                draw = [numbers((seed, i, member), sampling.max_new_tokens) for member in members]
-                both = zip(draw, members, strict=True)
-                groups.append([Row(ids, len(groups), drawn, (i, member), variant) for drawn, member in both])
-        if not decoder.joins:  # then rows that begin together are the more alike
-            groups.sort(key=lambda group: len(group[0].prompt))
-        found = _made(policy, decoder, deque(groups), sampling, most)
-    finally:
-        blas.set_threads(cores())
+    way = ways.check(policy)[0]
+    policy.notes += [note for note in ways.notes(policy) if note not in policy.notes]
+    most = rows if way in ways.TOGETHER else 1
+    decoder = ways.decoder(policy, way, sampling)
+    groups: list[list[Row]] = []  # one larger than the batch in pieces
+    for i, prompt in enumerate(prompts):
+        for start in range(0, group_size, most):
+            members, ids = range(start, min(start + most, group_size)), np.array(prompt, np.int32)
+            variant = variants[i] if variants else 0
+            draw = [numbers((seed, i, member), sampling.max_new_tokens) for member in members]
+            both = zip(draw, members, strict=True)
+            groups.append([Row(ids, len(groups), drawn, (i, member), variant) for drawn, member in both])
+    if not decoder.joins:  # then rows that begin together are the more alike
+        groups.sort(key=lambda group: len(group[0].prompt))
+    found = _made(policy, decoder, deque(groups), sampling, most)
     return [[found[i, member] for member in range(group_size)] for i in range(len(prompts))]
 
 

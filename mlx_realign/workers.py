@@ -61,7 +61,7 @@ class Workers:
         try:
             return [future.result() for future in [self.pool.submit(self._run, part, build) for part in parts]]
         finally:
-            blas.set_threads(self.count)
+            blas.set_threads()
 
     def _run(self, part: Part, build: Callable[[Part], Any]) -> Any:
         if not hasattr(_own, "stream"):

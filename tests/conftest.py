@@ -9,6 +9,8 @@ from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may wait for a network; those marked `download` clear it
 
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # NumPy's too: there are as many processes as cores
+
 import mlx_realign  # noqa: F401, I001
 
 import mlx.core as mx

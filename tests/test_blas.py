@@ -204,8 +204,12 @@ def test_two_processes_at_once_and_a_folder_that_cannot_be_written(tmp_path: Pat
 
 
 def test_threads_are_those_that_are_set() -> None:
-    for count in (1, 2):
-        blas.set_threads(count)
+    before = blas.threads() or 1
+    for count in (2, 1):
+        blas.set_usual_threads(count)
         assert blas.threads() in (count, 1)  # 1: on a machine with one core
+    blas.set_threads(2)
+    assert blas.threads() == 1  # never more than usual
+    blas.set_usual_threads(before)
     a = np.random.default_rng(0).integers(-9, 9, (300, 200)).astype(np.float32)
     np.testing.assert_array_equal(np.array(mx.array(a) @ mx.array(a.T)), a.astype(np.int64) @ a.T.astype(np.int64))

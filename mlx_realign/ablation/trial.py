@@ -14,17 +14,16 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 import numpy as np
 
-from .. import blas, data, taps
+from .. import data, taps
 from ..adapter_layers import SWITCH
 from ..capture import common_start
 from ..decoding import Decoder, Row
 from ..distributions import log_probs
 from ..forward import PromptReader, PromptRecorder, record
 from ..policy import Policy
-from ..rollout import SMALL, rollout
+from ..rollout import rollout
 from ..sampling import Sampling
 from ..ways import shares
-from ..workers import cores
 from ..writers import Writer, module_at
 from .edit import Edit
 
@@ -155,7 +154,6 @@ class Slots:
             for part, states in zip(mine, self.policy.workers.each(mine, build), strict=True):
                 ends = np.cumsum([len(texts[i].tokens) - texts[i].first for i in part])
                 found |= dict(zip(part, mx.split(states, ends[:-1].tolist()), strict=True))
-        _set_threads(self.policy)
         return mx.concatenate([found[i] for i in range(len(texts))])
 
     def _begun(self, texts: Sequence[Sequence[int]], most: int) -> tuple[int, ...]:
@@ -275,7 +273,6 @@ class _Rows(Decoder):
             mine = [[order[i] for i in part] for part in parts]
             found += self.policy.workers.each(mine, build)
             places += [i for part in mine for i in part]
-        _set_threads(self.policy)
         back = mx.array(np.argsort(places).astype(np.int32))
         flat = [mx.concatenate([kv[i] for kv, _ in found])[back] for i in range(2 * len(starts))]
         notes = [_concatenated([notes[i] for _, notes in found], back) for i in range(len(starts))]
@@ -302,11 +299,6 @@ class _Kept(PromptReader):
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
         self.whole = super().update_and_fetch(keys, values)
         return self.whole
-
-
-def _set_threads(policy: Policy) -> None:
-    """Of matmuls, as `rollout` has them: workers leave them at the number of cores."""
-    blas.set_threads(1 if policy.parameters < SMALL else cores())
 
 
 def _readers(kind: Any, starts: Sequence[PromptRecorder], rows: Sequence[int]) -> list[Any]:
