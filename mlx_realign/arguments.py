@@ -75,7 +75,7 @@ class Taken(NamedTuple):
         return key in self.fields and (found or not self.source)
 
     def lacks(self, key: str) -> bool:
-        return key in self.fields and key not in self.part
+        return key in self.fields and self.part.get(key) is None
 
     def required(self, key: str) -> bool:
         return self.fields[key].default is inspect.Parameter.empty
@@ -90,8 +90,7 @@ def complete(config: dict[str, Any], model_class: type, args_class: type) -> lis
     taken = _taken(config, model_class, args_class)
     _fill_rope(taken)
     _fill_pattern(taken)
-    _fill_defaults(taken)
-    return list(_lost(taken))
+    return [*_fill_defaults(taken), *_lost(taken)]
 
 
 def _read_infinities(value: Any) -> None:
@@ -243,17 +242,23 @@ def _fill_pattern(taken: Taken) -> None:
     taken.part[PATTERN] = pattern
 
 
-def _fill_defaults(taken: Taken) -> None:
+def _fill_defaults(taken: Taken) -> Iterator[str]:
     """What config.json leaves to transformers' own class: what must be given, and what changes results in silence."""
     part = taken.part
     quiet = [key for key in taken.fields if taken.lacks(key) and not key.startswith("rope") and _rule(key)]
     must = [key for key in taken.fields if taken.lacks(key) and taken.required(key) and key not in SIZES]
     if not (quiet or must) or not (known := _transformers(part)):
         return
-    for key in {*quiet, *must}:
+    for key in dict.fromkeys([*quiet, *must]):
         value = getattr(known, key, None)
         if value is not None and not (key.startswith("rope") and isinstance(value, dict)):
             part[key] = value
+            usual = taken.fields[key].default
+            if key in quiet and not taken.required(key) and usual != value:
+                yield (
+                    f"config.json does not say {key}: it is {value} as in transformers; mlx-lm alone takes {usual}: "
+                    "write it into config.json before you use an adapter there"
+                )
 
 
 def _transformers(part: dict[str, Any]) -> Any:
@@ -310,7 +315,7 @@ def _done_otherwise(taken: Taken, key: str) -> bool:
 
 
 def _note(taken: Taken, key: str, value: Any, meaning: str) -> str:
-    return f"config.json says {key} {value}, which mlx-lm's {taken.name} does not read: {meaning} than its makers meant"
+    return f"config.json says {key} {value}, which mlx-lm's {taken.name} does not read: {meaning}"
 
 
 def _lost_scaling(taken: Taken) -> Iterator[str]:

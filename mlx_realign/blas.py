@@ -14,6 +14,7 @@ import hashlib
 import json
 import os
 import platform
+import signal
 import subprocess
 import sys
 import tempfile
@@ -30,7 +31,9 @@ CHOICE, MLX = "MLX_REALIGN_BLAS", "mlx"  # a library to try first, or MLX's own
 CORETYPE = "OPENBLAS_CORETYPE"
 PLAINER = {"x86_64": ("Haswell", "Prescott"), "aarch64": ("ARMV8",)}  # where those for this very processor fail
 SYSTEM = ("libopenblas.so.0", "libopenblas.so")
-PROOF_S = 60.0  # a proof takes less than a second; a library that hangs takes this long, once
+MARK = "verdict: "  # before what the child says
+FATAL = {signal.SIGILL, signal.SIGTRAP, signal.SIGABRT, signal.SIGBUS, signal.SIGFPE, signal.SIGSEGV}
+PROOF_S = 30.0  # a proof takes less than a second; a library that hangs takes this long, once
 STALE_S = 86_400.0  # a library that hung may have met a busy machine: it is tried again after a day
 ABSENT = "is not there"
 HANGS = "did not end"
@@ -77,9 +80,11 @@ _in_use = InUse("", "", None, "", ())  # before `load_fast_blas`, and where MLX 
 
 
 def load_fast_blas() -> InUse:
-    """Bind the first candidate that proves itself; once per process. Imports `mlx.core`."""
+    """Bind the first candidate that proves itself, or else MLX's own; once per process. Imports `mlx.core`."""
     if not _in_use.name and elf.slots():
         adopt(_first(candidates()))
+        if _in_use.library is None and elf.preloaded():  # it would be called otherwise
+            elf.bind_own()
     return _in_use
 
 
@@ -96,13 +101,14 @@ def in_use() -> InUse:
 
 def candidates() -> Iterator[Candidate]:
     """Libraries to try, the most wanted first."""
-    choice = os.environ.get(CHOICE)
-    if choice == MLX:
+    choice = os.environ.get(CHOICE, "")
+    if choice.lower() == MLX:
         return
-    if choice:
-        yield Candidate(choice, choice)
+    if choice:  # a name without a folder is looked up by the loader, unless it is a file here
+        here = Path(choice).expanduser()
+        yield Candidate(choice, str(here.absolute()) if here.exists() or "/" in choice else choice)
     if preloaded := elf.preloaded():
-        yield Candidate(f"{Path(preloaded).name}, preloaded,", preloaded)
+        yield Candidate(f"the preloaded {Path(preloaded).name}", preloaded)
     package = find_spec("scipy_openblas32")
     for folder in (package.submodule_search_locations or ()) if package else ():
         for kernels in ("", *PLAINER[platform.machine()]):
@@ -153,9 +159,9 @@ def _first(every: Iterator[Candidate]) -> InUse:
     for candidate in every:
         verdict = prove(candidate)
         if fault := verdict.get("fault"):
-            if fault != ABSENT or candidate.path == os.environ.get(CHOICE):
-                with_kernels = f" with {candidate.kernels} kernels" if candidate.kernels else ""
-                rejected.append(f"{candidate.name}{with_kernels} {fault}")
+            clause = f"{candidate.name} {fault}"
+            if clause not in rejected and (fault != ABSENT or candidate.name == os.environ.get(CHOICE)):
+                rejected.append(clause)  # once, not for each kind of kernels
             continue
         before = os.environ.get(CORETYPE)
         os.environ |= _coretype(candidate)  # it reads this as it is loaded
@@ -181,40 +187,60 @@ def prove(candidate: Candidate, *, limit_s: float = PROOF_S) -> dict[str, Any]:
 
     {"path", "prefix", "kernels"} of a good one, {"fault": clause} of another; ABSENT where there is no such library.
     """
-    if "/" in candidate.path and not Path(candidate.path).is_file():
-        return {"fault": ABSENT}
+    if "/" in candidate.path and (trouble := _no_library(Path(candidate.path))):
+        return {"fault": trouble}
     file = _verdict_file(candidate)
     if file and (known := _known(file)):
         return known
-    verdict = _ask_child(candidate, limit_s)
-    if file and verdict.get("fault") != ABSENT:
+    verdict, own = _ask_child(candidate, limit_s)
+    if file and own:
         _keep(file, verdict)
     return verdict
 
 
-def _ask_child(candidate: Candidate, limit_s: float) -> dict[str, Any]:
+def _no_library(path: Path) -> str | None:
+    """What is wrong with a file that no process need be risked for."""
+    try:
+        with path.open("rb") as file:
+            head = file.read(20)
+    except FileNotFoundError:
+        return ABSENT
+    except OSError as error:
+        return f"cannot be read: {error.strerror}"
+    machine = int.from_bytes(head[18:20], "little")
+    if head[:4] != b"\x7fELF":
+        return "is no shared library"
+    return None if machine == elf.MACHINES[platform.machine()] else "is built for another kind of processor"
+
+
+def _ask_child(candidate: Candidate, limit_s: float) -> tuple[dict[str, Any], bool]:
+    """(the verdict, whether it is about the library and not about this moment, this process or its limits)."""
     if not sys.executable or getattr(sys, "frozen", False):
-        return {"fault": "cannot be tried out, since this program has no Python interpreter of its own to do it in"}
+        return {"fault": "cannot be tried out: this program has no Python interpreter of its own to do it in"}, False
     command = [sys.executable, "-P", "-m", f"{__package__}.blas_proof", candidate.path]
+    # Nothing else of this process's path: a script's own folder may hold names of the standard library.
+    needed = [str(Path(__file__).parents[1]), str(Path(elf.mlx_library()).parents[2])]
     environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path),
+        "PYTHONPATH": os.pathsep.join(needed),
         CHOICE: MLX,  # or the child would ask a child of its own
     }
     environment |= _coretype(candidate)
-    options: Any = {"capture_output": True, "text": True, "stdin": subprocess.DEVNULL, "env": environment}
+    options: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "stdin": subprocess.DEVNULL}
     try:
-        child = subprocess.run(command, timeout=limit_s, **options)
+        child = subprocess.run(command, timeout=limit_s, env=environment, **options)
     except subprocess.TimeoutExpired:
-        return {"fault": f"{HANGS} within {limit_s:g} s"}
+        return {"fault": f"{HANGS} within {limit_s:g} s"}, True
     except OSError as error:
-        return {"fault": f"could not be tried out: {error.strerror}"}
+        return {"fault": f"could not be tried out: {error.strerror}"}, False
     if child.returncode < 0:
-        return {"fault": f"ended its process with signal {-child.returncode}"}
+        fault = {"fault": f"ended its process with signal {-child.returncode}"}
+        return fault, -child.returncode in FATAL
+    said, errors = (out.decode(errors="replace").splitlines() for out in (child.stdout, child.stderr))
     try:
-        return json.loads(child.stdout.splitlines()[-1])
-    except (IndexError, ValueError):
-        tail = child.stderr.strip().splitlines()[-1:] or [f"code {child.returncode}"]
-        return {"fault": f"failed: {tail[0][:200]}"}
+        verdict = json.loads(next(line for line in said if line.startswith(MARK))[len(MARK) :])
+        return verdict, verdict.get("fault") != ABSENT
+    except (StopIteration, ValueError):
+        return {"fault": f"could not be tried out: {(errors or [f'code {child.returncode}'])[-1][:200]}"}, False
 
 
 def _verdict_file(candidate: Candidate) -> Path | None:

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a BLAS must compute rightly before MLX may call it; `python -m mlx_realign.blas_proof LIBRARY`, a child process.
 
-Prints the verdict as one line of JSON (see `blas.prove`). It may die on the way: that is what it is for. Sizes reach
-small and blocked kernels, one and several threads, transposed, batched and thin operands, and two callers at once.
+Prints the verdict as a line of JSON behind a mark (see `blas.prove`). It may die on the way: that is what it is for.
+Sizes reach small and blocked kernels, one and several threads, transposed, batched and thin operands, two callers at
+once.
 """
 
 import ctypes
@@ -18,6 +19,7 @@ from . import blas, elf
 
 # batch, rows, inner, columns
 SHAPES = ((1, 1, 1, 1), (1, 5, 3, 7), (2, 1, 300, 40), (1, 129, 257, 65), (7, 33, 40, 17), (1, 320, 600, 512))
+LARGE = (1, 1100, 130, 700)
 
 
 def judge(path: str) -> None:
@@ -27,12 +29,12 @@ def judge(path: str) -> None:
         ctypes.CDLL(path)
     except OSError as error:
         absent = "/" not in path and "cannot open shared object" in str(error)
-        print(json.dumps({"fault": blas.ABSENT if absent else f"cannot be loaded: {error}"}))
+        _say({"fault": blas.ABSENT if absent else f"cannot be loaded: {error}"})
         return
     try:
         library, prefix = elf.bind(path)
     except OSError as error:
-        print(json.dumps({"fault": str(error)}))
+        _say({"fault": str(error)})
         return
     file = elf.file_of(library[f"{prefix}cblas_sgemm"])
     blas.adopt(blas.InUse(path, file, library, prefix, ()))
@@ -42,7 +44,11 @@ def judge(path: str) -> None:
         name.restype = ctypes.c_char_p
     kernels = f"{name().decode()} kernels" if name else ""
     good = {"path": file, "stat": blas.stat_of(file), "prefix": prefix, "kernels": kernels}
-    print(json.dumps({"fault": fault} if fault else good))
+    _say({"fault": fault} if fault else good)
+
+
+def _say(verdict: dict[str, Any]) -> None:
+    print(blas.MARK + json.dumps(verdict), flush=True)
 
 
 def _wrong() -> str | None:
@@ -52,6 +58,8 @@ def _wrong() -> str | None:
         for shape in SHAPES:
             if not all(_product_is_right(*shape, kind, flips) for flips in range(4)):
                 return f"multiplies wrongly ({kind}, {shape})"
+    if not all(_product_is_right(*shape, mx.float32, 0, scaled=True) for shape in (*SHAPES, LARGE)):
+        return "multiplies wrongly where products are scaled and added (addmm)"
     for count in (1, 2):
         blas.set_usual_threads(count)
         if blas.threads() not in (count, None, 1):  # 1: on a machine with one core
@@ -74,10 +82,11 @@ def _wrong() -> str | None:
     return _wrong_decomposition()
 
 
-def _product_is_right(batch: int, m: int, k: int, n: int, kind: Any, flips: int) -> bool:
+def _product_is_right(batch: int, m: int, k: int, n: int, kind: Any, flips: int, *, scaled: bool = False) -> bool:
     """Freivalds' check: (A B) r = A (B r) for a random vector r, in integers.
 
-    flips: of A (1) and of B (2), which then reach the library as transposed.
+    flips: of A (1) and of B (2), which then reach the library as transposed. scaled: 3 A B + 2 C in its place,
+    C real.
     """
     random = lambda i, *shape: mx.random.randint(-9, 10, shape, key=mx.random.key(i)).astype(mx.int64)  # noqa: E731
 
@@ -96,7 +105,10 @@ def _product_is_right(batch: int, m: int, k: int, n: int, kind: Any, flips: int)
     times = lambda x, y: (x * y[..., None, :]).sum(-1)  # noqa: E731  # matrices and a vector each, without BLAS
     x, y = times(b_real, r), times(b_imaginary, r)
     expected = times(a_real, x) - times(a_imaginary, y), times(a_real, y) + times(a_imaginary, x)
-    product = a @ b
+    c = random(6, batch, m, n)
+    if scaled:
+        expected = 3 * expected[0] + 2 * times(c, r), 3 * expected[1]
+    product = mx.addmm(c.astype(kind), a, b, alpha=3.0, beta=2.0) if scaled else a @ b
     parts = (mx.real(product), mx.imag(product)) if kind == mx.complex64 else (product, mx.zeros_like(product))
     found = [times(part.astype(mx.int64), r) for part in parts]
     return all(mx.array_equal(e, f).item() for e, f in zip(expected, found, strict=True))

@@ -16,6 +16,7 @@ from typing import Any
 
 PREFIXES = ("", "scipy_")  # of the functions' names
 DT_PLTRELSZ, DT_STRTAB, DT_SYMTAB, DT_RELA, DT_RELASZ, DT_JMPREL = 2, 5, 6, 7, 8, 23  # elf.h
+MACHINES = {"x86_64": 62, "aarch64": 183}  # e_machine
 SLOT_KINDS = {"x86_64": (6, 7), "aarch64": (1025, 1026)}  # R_*_GLOB_DAT and R_*_JUMP_SLOT
 
 
@@ -41,6 +42,12 @@ def bind(path: str) -> tuple[ctypes.CDLL, str]:
     prefix = next((p for p in PREFIXES if hasattr(library, f"{p}cblas_sgemm")), None)
     if prefix is None:
         raise OSError("has no function cblas_sgemm")
+    _write(library, prefix)
+    return library, prefix
+
+
+def _write(library: ctypes.CDLL, prefix: str) -> None:
+    """Into every slot whose function the library has."""
     page = os.sysconf("SC_PAGE_SIZE")
     mprotect = ctypes.CDLL(None, use_errno=True).mprotect
     for name, slot in slots().items():
@@ -49,7 +56,13 @@ def bind(path: str) -> tuple[ctypes.CDLL, str]:
         if mprotect(ctypes.c_void_p(slot // page * page), ctypes.c_size_t(page), 3):  # PROT_READ | PROT_WRITE
             raise OSError(ctypes.get_errno(), f"{os.strerror(ctypes.get_errno())}: MLX's table of functions")
         ctypes.c_void_p.from_address(slot).value = ctypes.cast(library[prefix + name], ctypes.c_void_p).value
-    return library, prefix
+
+
+def bind_own() -> None:
+    """Let MLX call the BLAS and LAPACK that its wheel brings, whatever was preloaded; nothing where it brings none."""
+    for file in sorted(Path(mlx_library()).parents[2].glob("mlx*.libs/lib*.so*")):
+        if file.name.startswith(("libblas", "liblapack")):
+            _write(ctypes.CDLL(str(file)), "")
 
 
 def slots() -> dict[str, int]:

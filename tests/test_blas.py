@@ -155,6 +155,21 @@ def test_plainer_kernels_serve_where_those_of_the_processor_fail(
         elf.bind(blas.in_use().path)
 
 
+def test_a_preloaded_library_that_is_wrong_is_not_called(libraries: dict[str, str]) -> None:
+    own = "import sys; sys.modules['scipy_openblas32'] = None\n" + MULTIPLY
+    for variables in ({}, {"MLX_REALIGN_BLAS": "mlx"}):
+        said = run(own, LD_PRELOAD=libraries["wrong"], **variables)
+        assert said.startswith(PRODUCT) and libraries["wrong"] not in said.split("|")[0]
+
+
+def test_what_this_moment_forbids_is_no_verdict_on_the_library(cache: Path) -> None:
+    frozen = "import sys; sys.frozen = True\n" + MULTIPLY
+    assert "cannot be tried out" in run(frozen)
+    assert "scipy-openblas32" in run(MULTIPLY)
+    odd = "import sys, pathlib; sys.path.append(pathlib.Path('/tmp'))\n" + MULTIPLY
+    assert "scipy-openblas32" in run(odd, OPENBLAS_NUM_THREADS="2")  # another key: it is proved anew
+
+
 def test_mlx_s_own_can_be_asked_for() -> None:
     said = run(MULTIPLY, MLX_REALIGN_BLAS="mlx")
     assert said.startswith(PRODUCT) and "MLX's own" in said and "pip" not in said
