@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """One CPU stream per core: MLX runs everything but matmuls on a single thread of a CPU, so a batch is cut into parts.
 
-MLX binds streams to threads and orders one evaluation as one tape; parts overlap only when each has its own thread.
-Graphs are built under a lock, since building exchanges the model's parameters; evaluation runs outside of it. A GPU
-gets one part and no thread.
+MLX orders one evaluation as one tape, so parts overlap only when each is evaluated by a thread of its own. Their graphs
+are built by the caller, since building exchanges the model's parameters and calls functions under `mx.compile`. A
+thread that has called one keeps Python objects in a cache of MLX's, which asks for the interpreter when the thread
+ends; at the end of a program there is none, and the process aborts. A GPU gets one part and no thread.
 
 MLX lets all streams together have ten groups of operations under way. A stream that has filled them keeps the others
 waiting with nothing to do, so a part is evaluated in stretches too short for that (`stretch`): a fifth less time.
@@ -12,7 +13,7 @@ waiting with nothing to do, so a part is evaluated in stretches too short for th
 import os
 import threading
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from typing import Any, TypeVar
 
 import mlx.core as mx
@@ -45,7 +46,6 @@ class Workers:
         self.pool = ThreadPoolExecutor(count) if count > 1 else None
         if self.pool:
             blas.keep_freed_memory()
-        self.lock = threading.Lock()
 
     def map(self, batch: Batch, build: Callable[[Batch], Any]) -> list[Any]:
         """`build` makes arrays (lazily) from a part of the batch; one result per part, all evaluated."""
@@ -58,24 +58,37 @@ class Workers:
             mx.eval(built)
             return built
         blas.set_threads(max(1, self.count // len(parts)))
+        made, under_way = [], []
         try:
-            return [future.result() for future in [self.pool.submit(self._run, part, build) for part in parts]]
+            for i, part in enumerate(parts):
+                _own.stretches = stretches = []
+                try:
+                    with mx.stream(_stream(i)):
+                        made.append(build(part))
+                finally:
+                    del _own.stretches
+                under_way.append(self.pool.submit(_evaluate, stretches[::-1], made[-1]))
+                stretches.clear()
+            for future in under_way:
+                future.result()
+            return made
         finally:
+            wait(under_way)
             blas.set_threads()
 
-    def _run(self, part: Part, build: Callable[[Part], Any]) -> Any:
-        if not hasattr(_own, "stream"):
-            _own.stream = mx.new_stream(mx.cpu)
-        with mx.stream(_own.stream):
-            with self.lock:
-                _own.stretches = []
-                built = build(part)
-            stretches = _own.stretches[::-1]
-            del _own.stretches
-            while stretches:  # taken off the list, or it would keep activations alive
-                mx.eval(stretches.pop())
-            mx.eval(built)
-        return built
+
+def _evaluate(stretches: list[tuple[mx.array, ...]], built: Any) -> None:
+    while stretches:  # taken off the list, or it would keep activations alive
+        mx.eval(stretches.pop())
+    mx.eval(built)
+
+
+def _stream(number: int) -> mx.Stream:
+    """The CPU stream of a part's number, for graphs that this thread builds and another evaluates."""
+    streams: list[mx.Stream] = _own.__dict__.setdefault("streams", [])
+    while len(streams) <= number:
+        streams.append(mx.new_thread_unsafe_stream(mx.cpu))
+    return streams[number]
 
 
 def split(batch: Batch, parts: int) -> list[Batch]:
