@@ -5,10 +5,10 @@
 `python -m mlx_realign.train` is the same. Exit codes: 0 done, 1 a fault, 2 the user's input is wrong, 130 interrupted.
 """
 
-import ast
 import errno
 import importlib
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 from importlib import metadata
@@ -19,6 +19,9 @@ from .errors import UserError
 from .flags import nearest
 
 PACKAGE = Path(__file__).parent
+# Patterns, and not Python's parser: it would take longer over the package than all that `mlx-realign --help` does.
+MAIN = re.compile(r"^def main\(", re.MULTILINE)
+DOCSTRING = re.compile(r'(?:#.*\n)*"""(.*?)(?:"""|\n)')
 
 
 def entry(argv: Sequence[str] | None = None) -> int:
@@ -53,12 +56,13 @@ def commands() -> dict[str, tuple[str, str]]:
     """Name -> (module, first line of its docstring). Files are read, not imported: MLX takes half a second."""
     found = {}
     for path in sorted([*PACKAGE.glob("*.py"), *PACKAGE.glob("*/__main__.py")]):
-        tree = ast.parse(path.read_text(encoding="utf-8"))
-        if path.stem == "cli" or not any(isinstance(n, ast.FunctionDef) and n.name == "main" for n in tree.body):
+        text = path.read_text(encoding="utf-8")
+        if path.stem == "cli" or not MAIN.search(text):
             continue
         module = ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts)
         name = path.parent.name if path.stem == "__main__" else path.stem
-        found[name] = (module, (ast.get_docstring(tree) or "").split("\n")[0])
+        said = DOCSTRING.match(text)
+        found[name] = (module, said[1] if said else "")
     return found
 
 
