@@ -2,19 +2,19 @@
 """`mlx-realign <name> ...`: a command is a file of this package with a `main(argv)`, found by its name.
 
 `mlx-realign train` runs mlx_realign/train.py, `mlx-realign data` runs mlx_realign/data/__main__.py, and
-`python -m mlx_realign.train` is the same. Exit codes: 0 done, 1 a fault, 2 the user's input is wrong, 130 interrupted.
+`python -m mlx_realign.train` is the same. Exit codes: 0 done, 1 a fault, 2 the user's input is wrong, 130 interrupted
+(143 by SIGTERM, 129 by SIGHUP).
 """
 
 import errno
 import importlib
-import os
 import re
 import sys
 from collections.abc import Callable, Sequence
 from importlib import metadata
 from pathlib import Path
 
-from . import blas
+from . import blas, ends, streams
 from .errors import UserError
 from .flags import nearest
 
@@ -32,17 +32,28 @@ def entry(argv: Sequence[str] | None = None) -> int:
 
 def run(main: Callable[[list[str]], int | None], argv: Sequence[str] | None = None) -> int:
     """Runs a command's `main` and returns its exit code. A UserError is one message on standard error and code 2."""
+    words = list(sys.argv[1:] if argv is None else argv)
     try:
-        return main(list(sys.argv[1:] if argv is None else argv)) or 0
+        with streams.surviving(), ends.raised():
+            return _code(main, words)
+    except OSError as error:
+        if error.filename != streams.NAME:
+            raise
+        print(f"error: {streams.NAME}: {error.strerror}", file=sys.stderr)
+        return 1
+
+
+def _code(main: Callable[[list[str]], int | None], words: list[str]) -> int:
+    try:
+        return main(words) or 0
     except UserError as error:
         sys.stdout.flush()
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as stop:
         print(str(stop) or "interrupted", file=sys.stderr)  # a command may say what it keeps
-        return 130
+        return ends.code(stop)
     except BrokenPipeError:  # the reader of our output, `head` say, has gone: nothing is wrong
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except OSError as error:  # a full disk, a folder that may not be written to: no fault of the program
         if error.filename is None and error.errno != errno.ENOSPC:

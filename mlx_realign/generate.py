@@ -19,7 +19,8 @@ from mlx_lm.generate import GenerationResponse, stream_generate
 from mlx_lm.models import cache as kv
 from mlx_lm.sample_utils import make_sampler
 
-from . import cli, data, flags, taps, ways
+from . import cli, data, flags, streams, taps, ways
+from .ends import Ended
 from .errors import UserError
 from .policy import Policy
 
@@ -159,6 +160,7 @@ def check(settings: Settings) -> None:
 def answer(session: Session, text: str) -> None:
     """Prints the completion of one prompt, streamed, or as one JSON object."""
     settings, pieces, last = session.settings, [], None
+    streams.ends_with_reader()
     prompt = [*opening(settings), {"role": "user", "content": text}] if settings.system else text
     ids = data.encode_prompt(prompt, session.policy.tokenizer, settings.chat_template)
     for last in session.stream(ids):
@@ -190,12 +192,15 @@ def opening(settings: Settings) -> list[dict[str, str]]:
 def chat(session: Session) -> None:
     """Reads turns from the terminal until Ctrl-D, Ctrl-C or /exit; Ctrl-C during an answer stops that answer."""
     settings, tokenizer = session.settings, session.policy.tokenizer
+    streams.ends_with_reader()
     turns = opening(settings)
     data.encode_prompt([*turns, {"role": "user", "content": "Hello"}], tokenizer)  # no chat template: say so first
     print("Chat: /reset forgets the turns, /exit or Ctrl-D ends.", file=sys.stderr)
     while True:
         try:
             text = input("> ").strip()
+        except Ended:
+            raise
         except (EOFError, KeyboardInterrupt):
             print()
             return
@@ -210,6 +215,8 @@ def chat(session: Session) -> None:
                 for piece in session.stream(data.encode_prompt(turns, tokenizer)):
                     pieces.append(piece.text)
                     print(piece.text, end="", flush=True)
+            except Ended:
+                raise
             except KeyboardInterrupt:
                 print(" [stopped]", end="")
             print()

@@ -2,10 +2,9 @@
 """What ends a run early: numbers that make no sense, a first step that teaches nothing, Ctrl-C."""
 
 import math
-import os
 import signal
 import statistics
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,6 +16,7 @@ from .optim import flat
 EXPLODED = 1000.0  # a gradient norm so many times the usual one stops the run
 REMEMBERED, ENOUGH = 100, 10  # norms of the last steps; fewer than this many say nothing about what is usual
 LINES_SHOWN = 40
+STOPPING = "stopping after this step, with a checkpoint; once more stops at once without"
 OUT_OF_MEMORY = ("malloc", "out of memory", "insufficient memory", "unable to allocate")
 
 
@@ -25,7 +25,11 @@ class Fault(Exception):
 
 
 class Interrupted(Exception):
-    """Stopped by the user after a checkpoint was saved."""
+    """Stopped by the user after a checkpoint was saved; `number` is the signal's that asked for it."""
+
+    def __init__(self, text: str, number: int = signal.SIGINT) -> None:
+        super().__init__(text)
+        self.number = number
 
 
 class Norms:
@@ -107,29 +111,6 @@ def enough_memory(step: int) -> Iterator[None]:
             f"step {step}: out of memory ({str(error).splitlines()[0]}). Lower --batch-size, --batch-tokens or "
             "--max-length, or add --grad-checkpoint"
         ) from error
-
-
-@contextmanager
-def interruptible() -> Iterator[Callable[[], bool]]:
-    """Inside, the first Ctrl-C only leaves a mark (the yielded function tells); the second one ends at once."""
-    asked: list[int] = []
-
-    def note(number: int, frame: Any) -> None:
-        if asked:
-            raise KeyboardInterrupt
-        asked.append(number)
-        # Not through a buffered stream: the signal may have come in the middle of a write to it.
-        os.write(2, b"\nstopping after this step, with a checkpoint; once more stops at once without\n")
-
-    try:
-        before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
-    except ValueError:  # not in the main thread: the caller's own business
-        before = {}
-    try:
-        yield lambda: bool(asked)
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def listed(lines: Sequence[int]) -> str:

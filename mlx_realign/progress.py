@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Column
 
+from . import streams
 from .runfolder import as_json
 
 SHOWN = {"loss": "loss", "eval_loss": "eval_loss", "kl": "KL"}  # metric -> its name on the line
@@ -27,7 +28,7 @@ class Reporter:
     """Use as a context manager: `say` for sentences, `row` for metrics, `facts` for a table, `fail` for the end."""
 
     def __init__(self, *, as_json: bool = False, file: TextIO | None = None) -> None:
-        self.file = file or sys.stdout
+        self.file = streams.lasting(file or sys.stdout)
         self.as_json = as_json
         self.console = Console(file=self.file, highlight=False, soft_wrap=True)
         self.bar: Progress | None = None
@@ -76,7 +77,7 @@ class Reporter:
         if self.as_json:
             self._write(json.dumps({"error": text}))
         else:
-            print(text, file=sys.stderr)
+            print(text, file=streams.lasting(sys.stderr))
 
     def facts(self, facts: dict[str, Any]) -> None:
         """What a dry run found: a line each, or one JSON object."""

@@ -7,7 +7,7 @@ import math
 import os
 import platform
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from importlib import metadata
@@ -16,7 +16,7 @@ from typing import Any, TextIO
 
 import mlx.core as mx
 
-from . import adapter, blas, checkpoint
+from . import adapter, blas, checkpoint, locks
 from .config import TrainSettings
 from .errors import UserError
 from .optim import flat
@@ -64,14 +64,21 @@ class RunFolder:
         self.found: Path | None = None  # the checkpoint to go on from
         self.state: dict[str, Any] = {}  # and what it says
 
-    def check(self) -> None:
-        """UserError where the folder cannot be used: a run in it and no --resume, or --resume and no run in it.
+    @contextmanager
+    def held(self, say: Callable[[str], None]) -> Iterator[None]:
+        """No other run writes here until the block ends; `check` is done. UserError where one does, and as `check`.
 
-        Called before the model is loaded, so that a damaged checkpoint is told at once.
+        Entered before the model is loaded, so that what is wrong with the folder is told at once.
         """
+        with locks.only_writer(self.root) as left:
+            self.check()
+            if left:
+                say(f"{self.root}: {left}")
+            yield
+
+    def check(self) -> None:
+        """UserError where the folder cannot be used: a run in it and no --resume, or --resume and no run in it."""
         tracker_module(self.settings.report_to)
-        if self.root.exists() and not self.root.is_dir():
-            raise UserError(f"--output {self.root}: is a file; name a folder")
         self.found = checkpoint.newest(self.checkpoints)
         if not self.settings.resume:
             results = (self.root / checkpoint.ADAPTER, self.root / FULL_MODEL)

@@ -7,6 +7,7 @@ Reading order: `main` -> `run` (what is needed, in order) -> `Loop.run` (THE loo
 import math
 import sys
 import time
+from contextlib import nullcontext
 from functools import partial
 from importlib import import_module
 from itertools import chain
@@ -17,14 +18,14 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from . import adapter, checkpoint, config, data, drift, fingerprint, guard, methods, optim, prepare, selfcheck
+from . import adapter, checkpoint, config, data, drift, ends, fingerprint, guard, methods, optim, prepare, selfcheck
 from .batch import LossOutput
 from .checkpoint import DiskFull
 from .errors import UserError
 from .estimate import estimate, facts
 from .feed import Feed
 from .groups import GroupFeed
-from .guard import Fault, Interrupted, interruptible
+from .guard import Fault, Interrupted
 from .policy import Policy
 from .prepare import Rows
 from .progress import Reporter, duration
@@ -37,7 +38,7 @@ SHOWN = 300  # characters of a prompt's end and of a completion's beginning
 
 
 def main(argv: list[str]) -> int:
-    """The command: 0 done, 1 a fault, 2 wrong input, 130 interrupted after saving."""
+    """The command: 0 done, 1 a fault, 2 wrong input, 130, 143 or 129 (SIGINT, SIGTERM, SIGHUP) ended after saving."""
     if words := config.handed_over(argv):
         return import_module(f".{words[0]}", __package__).main(words[1:])
     settings, method, own = config.parse(argv)
@@ -49,7 +50,7 @@ def main(argv: list[str]) -> int:
             return 1
         except Interrupted as stop:
             reporter.fail(str(stop))
-            return 130
+            return ends.code(stop)
     return 0
 
 
@@ -83,28 +84,27 @@ def run(
     module = methods.find(method)
     prepare.refuse_pointless(settings, module, own)
     folder = RunFolder(settings, method, own)
-    if not settings.dry_run:
-        folder.check()
-    with reporter.waiting(f"loading {settings.model}"):
-        policy = prepare.ready(policy, settings)
-        checks = selfcheck.run(policy)
-    for line in (*policy.notes, *checks.notes, *methods.notes(module, own)):
-        reporter.say(line)
-    load = partial(data.load, tokenizer=policy.tokenizer, format=module.FORMAT, settings=settings)
-    with reporter.waiting("reading the data"):
-        train_rows = load(rows if rows is not None else settings.data)
-        held_out = prepare.held_out_rows(settings, rows, load)
-    for line in train_rows.report["notes"]:
-        reporter.say(line)
-    loop = Loop(policy, module, own, settings, train_rows, held_out, folder, reporter)
-    found = facts(loop) | {"self_check": checks.results}
-    if settings.dry_run:
+    with nullcontext() if settings.dry_run else folder.held(reporter.say):
+        with reporter.waiting(f"loading {settings.model}"):
+            policy = prepare.ready(policy, settings)
+            checks = selfcheck.run(policy)
+        for line in (*policy.notes, *checks.notes, *methods.notes(module, own)):
+            reporter.say(line)
+        load = partial(data.load, tokenizer=policy.tokenizer, format=module.FORMAT, settings=settings)
+        with reporter.waiting("reading the data"):
+            train_rows = load(rows if rows is not None else settings.data)
+            held_out = prepare.held_out_rows(settings, rows, load)
+        for line in train_rows.report["notes"]:
+            reporter.say(line)
+        loop = Loop(policy, module, own, settings, train_rows, held_out, folder, reporter)
+        found = facts(loop) | {"self_check": checks.results}
+        if not settings.dry_run:
+            folder.open(loop.identity, found)
+            return loop.run()
         found |= estimate(loop)
         loop.close()
         reporter.facts(found)
         return found
-    folder.open(loop.identity, found)
-    return loop.run()
 
 
 class Loop:
@@ -172,7 +172,7 @@ class Loop:
         save_every = self.settings.save_every or min(1000, max(1, self.steps // 20))
         eval_every = self.settings.eval_every or -(-self.feed.per_epoch // self.settings.gradient_accumulation)
         limit = self.drift.limit
-        with self.folder.metrics() as metrics, interruptible() as asked:
+        with self.folder.metrics() as metrics, ends.noted(guard.STOPPING) as asked:
             if not self.done and limit.keep(0, 0.0):
                 self.save()
             while not self.over():
@@ -195,8 +195,8 @@ class Loop:
                 better |= limit.keep(self.done, row.get("kl"), found.get("eval_loss"))
                 if better or self.done % save_every == 0 or self.over() or asked():
                     self.save()
-                if asked() and not self.over():
-                    raise Interrupted(f"interrupted after step {self.done}; go on with --resume")
+                if (number := asked()) and not self.over():
+                    raise Interrupted(f"interrupted after step {self.done}; go on with --resume", number)
 
     def over(self) -> bool:
         """Whether all steps are done, --early-stop evaluations in a row brought nothing better, or --kl-max says so."""

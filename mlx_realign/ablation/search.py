@@ -124,9 +124,10 @@ def run(
         study.claim(asked)
         try:
             base = search.run(study, trials)
-        except KeyboardInterrupt:
+        except KeyboardInterrupt as stop:
             kept = f"{len(study.trials())} of {trials} trials are kept in {journal}"
-            raise KeyboardInterrupt(f"stopped: {kept}; the same command goes on from there") from None
+            stop.args = (f"stopped: {kept}; the same command goes on from there",)
+            raise
         done = study.trials()
         if max_kl is not None and all(trial.pruned for trial in done):
             more = "Raise --max-kl, with a new --journal, or go on with more --trials."

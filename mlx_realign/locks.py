@@ -1,0 +1,118 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One writer at a time in a folder: a file in it that the system holds locked for as long as its process lives.
+
+The lock is the system's (flock), so a process that is killed lets go; the file only says who holds it. Where a file
+system knows no locks, the file alone is judged: by its process, if that ran on this machine.
+"""
+
+import errno
+import fcntl
+import json
+import os
+import platform
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from .errors import UserError
+
+NAME = ".lock"
+NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
+
+
+@contextmanager
+def only_writer(folder: Path, flag: str = "--output") -> Iterator[str | None]:
+    """Make a folder and hold it against other processes; it goes again if it was made here and is still empty.
+
+    Yields a sentence where the one that wrote there before ended without letting go. UserError, which names its process
+    and machine, where another is at work, and where nothing can be written.
+    """
+    made = not folder.exists()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        handle, left = _take(folder, flag)
+    except (FileExistsError, NotADirectoryError) as error:
+        there = next(path for path in (folder, *folder.parents) if path.exists())
+        raise UserError(f"{flag} {there}: is a file; name a folder") from error
+    except OSError as error:
+        raise UserError(f"{flag} {folder}: cannot be written: {error.strerror or error}") from error
+    try:
+        yield left
+    finally:
+        (folder / NAME).unlink(missing_ok=True)  # while it is held: who opens it now sees that it has gone
+        os.close(handle)
+        if made and not any(folder.iterdir()):
+            folder.rmdir()
+
+
+def _take(folder: Path, flag: str) -> tuple[int, str | None]:
+    """The open lock file, held, with this process in it; and what is to be said of the one before."""
+    path = folder / NAME
+    while True:
+        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
+        try:
+            holder = _holder(handle)
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                if error.errno not in NO_LOCKS or not _gone(holder):
+                    raise UserError(_held(folder, path, flag, holder)) from None
+            if _same_file(handle, path):
+                os.ftruncate(handle, 0)
+                os.pwrite(handle, json.dumps(_this_process()).encode(), 0)
+                return handle, _ended(holder) if holder else None
+        except BaseException:
+            os.close(handle)
+            raise
+        os.close(handle)
+
+
+def _holder(handle: int) -> dict[str, Any]:
+    """What the file says of its process, {} where it says nothing."""
+    try:
+        found = json.loads(os.pread(handle, 4096, 0))
+        return found if isinstance(found, dict) else {}
+    except ValueError:
+        return {}
+
+
+def _this_process() -> dict[str, Any]:
+    return {"pid": os.getpid(), "host": platform.node(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
+
+
+def _who(holder: dict[str, Any]) -> str:
+    return f"process {holder.get('pid', '?')} on {holder.get('host', '?')} (since {holder.get('since', '?')})"
+
+
+def _held(folder: Path, path: Path, flag: str, holder: dict[str, Any]) -> str:
+    own = "" if holder.get("host") == platform.node() else f", or, if that process is gone, delete {path}"
+    return f"{flag} {folder}: {_who(holder)} is writing there. Wait for it, name another folder{own}"
+
+
+def _ended(holder: dict[str, Any]) -> str:
+    return f"{_who(holder)} wrote there before and ended without finishing"
+
+
+def _gone(holder: dict[str, Any]) -> bool:
+    """Whether the process that a file names is known to be gone; one on another machine is not."""
+    if not holder:
+        return True
+    if holder.get("host") != platform.node() or not isinstance(holder.get("pid"), int):
+        return False
+    try:
+        os.kill(holder["pid"], 0)
+    except ProcessLookupError:
+        return True
+    except OSError:
+        pass
+    return False
+
+
+def _same_file(handle: int, path: Path) -> bool:
+    """Whether the path still is the open file: its holder may have removed it in between."""
+    try:
+        return os.path.samestat(os.fstat(handle), path.stat())
+    except FileNotFoundError:
+        return False
