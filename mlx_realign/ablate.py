@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
-from . import adapter, capture, cli, flags, steerability, taps, vectors
+from . import adapter, capture, cli, files, flags, steerability, taps, vectors
 from . import writers as writers_module
 from .ablation import delivery, edit, extraction, measure, planning, report, variants
 from .ablation.edit import Applied
@@ -112,6 +112,15 @@ def run(
     policy: Policy, contrast: Contrast, settings: Settings, *, say: Say, console: Console | None = None
 ) -> Result | dict[str, Any]:
     """Everything in order, with the settings checked; of a dry run the facts that it printed."""
+    if not settings.output or settings.dry_run:
+        return _run(policy, contrast, settings, say, console, None)
+    with files.new_folder(Path(settings.output)) as folder:
+        return _run(policy, contrast, settings, say, console, folder)
+
+
+def _run(
+    policy: Policy, contrast: Contrast, settings: Settings, say: Say, console: Console | None, folder: Path | None
+) -> Result | dict[str, Any]:
     show = console.print if console else lambda *_, **__: None
     sets = extraction.split(contrast, settings)
     say("what writes to the residual stream")
@@ -137,9 +146,9 @@ def run(
     show(report.before_after(result.facts["held_out"]))
     for line in (report.along(result.measured), report.left(result.measured), *result.measured.notes):
         show(line, highlight=False, markup=False)
-    if settings.output:
+    if folder:
         say("writing")
-        save(result, extracted, settings)
+        save(result, extracted, settings, folder)
         if settings.fuse:
             show(result.facts["stored"]["told"], highlight=False, markup=False)
         show(f"written to {settings.output}; {report_use(settings, result.policy)}", highlight=False, markup=False)
@@ -228,10 +237,9 @@ def measured(
     return Result(policy, direction, plan, applied, found, facts)
 
 
-def save(result: Result, extracted: Extracted, settings: Settings) -> None:
+def save(result: Result, extracted: Extracted, settings: Settings, output: Path) -> None:
     """Adapter or model, direction, metrics, report, plot."""
-    output, plan, policy = Path(settings.output), result.plan, result.policy
-    output.mkdir(parents=True, exist_ok=True)
+    plan, policy = result.plan, result.policy
     more = list(plan.sections)
     if settings.fuse:
         stored = variants.save_fused(

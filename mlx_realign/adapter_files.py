@@ -104,9 +104,9 @@ def read_tensors(path: Path) -> dict[str, mx.array]:
 def write_folder(folder: Path, weights: str, tensors: dict[str, mx.array], config: dict[str, Any]) -> None:
     """Write weights and adapter_config.json; each file appears whole or not at all."""
     folder.mkdir(parents=True, exist_ok=True)
-    part = folder / f".{weights}.part.safetensors"  # mx.save_safetensors insists on the ending
+    part = folder / f".{weights}.{os.getpid()}.safetensors"  # mx.save_safetensors insists on the ending
     mx.save_safetensors(str(part), tensors, metadata={"format": "mlx"})
     os.replace(part, folder / weights)
-    part = folder / f".{CONFIG}.part"
+    part = folder / f".{CONFIG}.{os.getpid()}"
     part.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     os.replace(part, folder / CONFIG)

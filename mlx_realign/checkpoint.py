@@ -130,7 +130,7 @@ def load_arrays(path: Path) -> dict[str, mx.array]:
 
 def write_atomically(path: Path, text: str) -> None:
     """A text file that is whole or as it was before. Raises DiskFull when it cannot be written."""
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         temporary.write_text(text)
         sync(temporary)

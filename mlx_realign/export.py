@@ -17,7 +17,7 @@ from typing import Literal
 import mlx.core as mx
 import mlx.nn as nn
 
-from . import adapter, cli, flags, loading
+from . import adapter, cli, files, flags, loading
 from .adapter_files import PEFT_WEIGHTS, read_config, read_mlx
 from .adapter_fuse import dequantise, fuse, load_base, quantised, save_model
 from .adapter_layers import EMBEDDING
@@ -48,15 +48,14 @@ class Settings:
 def main(argv: list[str]) -> int:
     """Runs the command; returns the exit code."""
     settings = flags.parse(Settings, argv, prog="mlx-realign export", doc=__doc__ or "", positional=("adapter",))
-    output = Path(settings.output)
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise UserError(f"--output {output}: exists and is not an empty folder. Give a new one.")
-    (export_peft if settings.to == "peft" else export_fused)(settings)
+    with files.new_folder(Path(settings.output)) as folder:
+        told = (export_peft if settings.to == "peft" else export_fused)(settings, folder)
+    print(f"wrote {settings.output}: {told}")
     return 0
 
 
-def export_peft(settings: Settings) -> None:
-    """Write the PEFT folder; the model is read only when an embedding may be adapted."""
+def export_peft(settings: Settings, output: Path) -> str:
+    """Write the PEFT folder and say what is in it; the model is read only when an embedding may be adapted."""
     folder = Path(settings.adapter)
     if (folder / PEFT_WEIGHTS).exists():
         raise UserError(f"{folder}: is a PEFT folder already.")
@@ -67,11 +66,11 @@ def export_peft(settings: Settings) -> None:
         model, _ = load_base(loading.find_model(base_name(settings)), settings.trust_remote_code)
         modules, tied = dict(model.named_modules()), adapter.tied_head(model)
         embeddings = {path: tied for path in outside if isinstance(modules.get(path), EMBEDDING)}
-    to_peft(folder, settings.output, base_name(settings), embeddings)
-    print(f"wrote {settings.output}: {len(paths)} layers, for PEFT's PeftModel.from_pretrained")
+    to_peft(folder, output, base_name(settings), embeddings)
+    return f"{len(paths)} layers, for PEFT's PeftModel.from_pretrained"
 
 
-def export_fused(settings: Settings) -> None:
+def export_fused(settings: Settings, output: Path) -> str:
     """Write the fused model and say how far it is from base + adapter. UserError for a quantised base (see above)."""
     source = loading.find_model(base_name(settings))
     model, config = load_base(source, settings.trust_remote_code)
@@ -87,9 +86,9 @@ def export_fused(settings: Settings) -> None:
             "the adapter moves them. --dequantize writes float weights instead; --force quantises anyway."
         )
     difference = mx.abs(probe(model) - expected).max().item()
-    save_model(model, config, source, Path(settings.output))
-    print(
-        f"wrote {settings.output}: rounding is {100 * rounding:.2g}% of the adapter, "
+    save_model(model, config, source, output)
+    return (
+        f"rounding is {100 * rounding:.2g}% of the adapter, "
         f"largest difference of a log-prob on random tokens {difference:.1e} nats"
     )
 

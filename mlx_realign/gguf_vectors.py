@@ -57,7 +57,7 @@ def write(
         vectors.HEADER: vectors.header(scaled),
     }
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.stem}.part.gguf")  # mx.save_gguf insists on the ending
+    part = path.with_name(f".{path.stem}.{os.getpid()}.gguf")  # mx.save_gguf insists on the ending
     mx.save_gguf(str(part), tensors, facts)
     os.replace(part, path)
     return chosen

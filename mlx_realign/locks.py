@@ -23,33 +23,36 @@ NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
 
 
 @contextmanager
-def only_writer(folder: Path, flag: str = "--output") -> Iterator[str | None]:
+def only_writer(folder: Path, named: str = "") -> Iterator[str | None]:
     """Make a folder and hold it against other processes; it goes again if it was made here and is still empty.
+
+    named: what messages call it, by default `--output FOLDER`.
 
     Yields a sentence where the one that wrote there before ended without letting go. UserError, which names its process
     and machine, where another is at work, and where nothing can be written.
     """
-    made = not folder.exists()
+    named, made = named or f"--output {folder}", not folder.exists()
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        handle, left = _take(folder, flag)
+        handle, left = _take(folder / NAME, named)
     except (FileExistsError, NotADirectoryError) as error:
         there = next(path for path in (folder, *folder.parents) if path.exists())
-        raise UserError(f"{flag} {there}: is a file; name a folder") from error
+        where = "" if there == folder else f"{there} "
+        raise UserError(f"{named}: {where}is a file; name a folder") from error
     except OSError as error:
-        raise UserError(f"{flag} {folder}: cannot be written: {error.strerror or error}") from error
+        raise UserError(f"{named}: cannot be written: {error.strerror or error}") from error
     try:
         yield left
     finally:
-        (folder / NAME).unlink(missing_ok=True)  # while it is held: who opens it now sees that it has gone
+        if _same_file(handle, folder / NAME):
+            (folder / NAME).unlink()  # while it is held: who has opened it sees that it has gone
         os.close(handle)
-        if made and not any(folder.iterdir()):
+        if made and folder.is_dir() and not any(folder.iterdir()):
             folder.rmdir()
 
 
-def _take(folder: Path, flag: str) -> tuple[int, str | None]:
+def _take(path: Path, named: str) -> tuple[int, str | None]:
     """The open lock file, held, with this process in it; and what is to be said of the one before."""
-    path = folder / NAME
     while True:
         handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
         try:
@@ -58,7 +61,7 @@ def _take(folder: Path, flag: str) -> tuple[int, str | None]:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError as error:
                 if error.errno not in NO_LOCKS or not _gone(holder):
-                    raise UserError(_held(folder, path, flag, holder)) from None
+                    raise UserError(_held(path, named, holder)) from None
             if _same_file(handle, path):
                 os.ftruncate(handle, 0)
                 os.pwrite(handle, json.dumps(_this_process()).encode(), 0)
@@ -86,9 +89,9 @@ def _who(holder: dict[str, Any]) -> str:
     return f"process {holder.get('pid', '?')} on {holder.get('host', '?')} (since {holder.get('since', '?')})"
 
 
-def _held(folder: Path, path: Path, flag: str, holder: dict[str, Any]) -> str:
+def _held(path: Path, named: str, holder: dict[str, Any]) -> str:
     own = "" if holder.get("host") == platform.node() else f", or, if that process is gone, delete {path}"
-    return f"{flag} {folder}: {_who(holder)} is writing there. Wait for it, name another folder{own}"
+    return f"{named}: {_who(holder)} is writing there. Wait for it, name another folder{own}"
 
 
 def _ended(holder: dict[str, Any]) -> str:

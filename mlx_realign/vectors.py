@@ -180,7 +180,7 @@ def save(direction: Direction, path: str | Path) -> None:
     tensors = {f"{VECTOR}{block}": vector for block, vector in direction.vectors.items()}
     tensors |= {f"{BASELINE}{block}": vector for block, vector in direction.baseline.items()}
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.part")
+    part = path.with_name(f".{path.name}.{os.getpid()}")
     save_file(tensors, part, metadata={HEADER: header(direction)})
     os.replace(part, path)
 

@@ -170,7 +170,7 @@ def test_nothing_is_overwritten_and_nothing_is_left_of_a_failure(run, tmp_path):
     before = read(folder / "train.jsonl")
     for output in (folder, path):
         code, _, err = run("split", path, "--output", output, "--seed", 5)
-        assert code == 2 and f"--output {output}: exists already" in err
+        assert code == 2 and f"--output {output}: exists" in err
     assert read(folder / "train.jsonl") == before
     assert "cannot be written" in run("split", path, "--output", path / "below")[2]
 

@@ -8,11 +8,11 @@ from statistics import fmean
 from typing import Any, Literal
 
 from ..errors import UserError
+from ..files import new_file, write_rows
 from . import source as sources
 from .formats import GROUPS, parse
 from .groups import Response, read_response
 from .messages import RowError, check_text, kind_of
-from .output import new_file, write_rows
 
 _SHOWN = 20
 

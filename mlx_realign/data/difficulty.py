@@ -14,13 +14,13 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ..errors import UserError
+from ..files import new_file, write_rows
 from . import source as sources
 from .formats import parse
 from .group_gates import rate_shares, told
 from .groups import Response, read_responses
 from .judge import FlagCheck
 from .messages import RowError
-from .output import new_file, write_rows
 from .problems import problem_key
 from .split import refuse
 

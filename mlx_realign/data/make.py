@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from .. import flags
 from ..errors import UserError
-from .output import new_file, write_rows
+from ..files import new_file, write_rows
 from .problems import text_key
 
 INSTRUCTION = "Write the final answer between <answer> and </answer>."

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ..errors import UserError
+from ..files import new_folder, open_rows, write_rows
 from . import source as sources
 from .messages import RowError
-from .output import new_folder, open_rows, write_rows
 from .problems import problem_key
 
 _SHOWN = 20

@@ -37,8 +37,8 @@ PROBE = mx.array([[5, 3, 8, 1, 9, 2]])
 class Baked(NamedTuple):
     """What was written."""
 
-    model: str  # folder or name for --model
-    adapter: str | None
+    model: Path
+    adapter: Path | None
     told: list[str]
 
 
@@ -152,7 +152,7 @@ def with_changed(
     ]
     base.load_weights(moved, strict=False)
     save_model(base, config, policy.folder, output)
-    return Baked(str(output), None, [f"wrote {output}: a model with {len(values)} of its biases moved"])
+    return Baked(output, None, [f"a model with {len(values)} of its biases moved"])
 
 
 def with_linked(policy: Policy, biases: Mapping[str, mx.array], flag: str, output: Path, copy: bool) -> Baked:
@@ -173,8 +173,8 @@ def with_linked(policy: Policy, biases: Mapping[str, mx.array], flag: str, outpu
     (output / f"{ONE_FILE}.index.json").write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
     used = sum(bool(mx.any(value)) for value in biases.values())
     how = "copied" if copy else "linked"
-    told = f"wrote {output}: the model's weights ({how}) and {len(biases)} biases ({flag}), {used} of them not zero"
-    return Baked(str(output), None, [told])
+    told = f"the model's weights ({how}) and {len(biases)} biases ({flag}), {used} of them not zero"
+    return Baked(output, None, [told])
 
 
 def link(source: Path, target: Path) -> None:
@@ -217,8 +217,8 @@ def embedding_adapter(policy: Policy, vector: np.ndarray, output: Path) -> Baked
         adapter.save(model, output, base_model=policy.name)
     finally:
         handle.remove()
-    told = f"wrote {output}: an adapter of rank 1 on {paths[0]}"
-    return Baked(str(policy.folder), str(output), [told])
+    told = f"an adapter of rank 1 on {paths[0]}"
+    return Baked(policy.folder, output, [told])
 
 
 def set_vector(model: nn.Module, path: str, vector: np.ndarray) -> None:
@@ -246,5 +246,5 @@ def ablation_adapter(policy: Policy, one: Steer, output: Path) -> Baked:
     directions = {block: one.direction.unit(block) for block in range(count)}
     edit.put_on(policy, edit.plan(found, directions, one.coefficient))
     adapter.save(policy.model, output, base_model=policy.name)
-    told = f"wrote {output}: an adapter of rank 1 on the {len(found)} layers that write to the residual stream"
-    return Baked(str(policy.folder), str(output), [told])
+    told = f"an adapter of rank 1 on the {len(found)} layers that write to the residual stream"
+    return Baked(policy.folder, output, [told])

@@ -12,7 +12,6 @@ direction. Every export is run and held against the steered model before it is c
 """
 
 import dataclasses
-import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,7 +21,7 @@ from typing import Literal
 import mlx.core as mx
 import numpy as np
 
-from .. import distributions, gguf_vectors, vectors
+from .. import distributions, files, gguf_vectors, vectors
 from ..errors import UserError
 from ..policy import Policy
 from ..vectors import About, Direction
@@ -70,7 +69,6 @@ def command(settings: Settings) -> int:
 
 def export(policy: Policy, steers: Sequence[Steer], settings: Settings) -> list[str]:
     """Write what `settings` ask for; returns what to tell the user. UserError where it cannot be said in weights."""
-    output = Path(settings.output)
     ablated = settings.to == "mlx-lm" and [one.operator for one in steers] == ["ablate"]
     added = {} if ablated else added_by(steers)
     if not ablated and not any(vector.any() for vector in added.values()):
@@ -79,33 +77,43 @@ def export(policy: Policy, steers: Sequence[Steer], settings: Settings) -> list[
     with steer(policy, *steers):
         expected = log_probs(policy)
     effect = float(mx.abs(expected - base).max())
-    if ablated:
-        baked = ablation_adapter(policy, steers[0], output)
-        steered, expected = expected, log_probs(policy)
-        with gone_if_wrong(output):
-            baked.told.append(relative(float(mx.abs(expected - steered).max()), effect, force=settings.force))
-    elif settings.to == "gguf":
-        return gguf(policy, steers, added, output, expected, effect)
-    elif list(added) == [-1]:
-        baked = embedding_adapter(policy, added[-1], output)
-    elif -1 in added:
+    output = Path(settings.output)
+    if settings.to == "gguf":
+        with files.new_path(output) as draft:
+            kept = gguf(policy, steers, added, draft)
+            with told_as(output), steer(policy, vectors.load(draft, policy=policy)):
+                told = verified(policy, expected, effect)
+        blocks = vectors.spans(kept)
+        return [f"wrote {output}: blocks {blocks}", told, f"run it: llama-cli -m MODEL.gguf --control-vector {output}"]
+    with files.new_folder(output) as draft:
+        baked = written(policy, steers, added, draft, settings)
+        with told_as(output):
+            if ablated:
+                steered, expected = expected, log_probs(policy)
+                baked.told.append(relative(float(mx.abs(expected - steered).max()), effect, force=settings.force))
+            kept = ("dtype", "quantize", "cpu_dequantize", "trust_remote_code")
+            options = {name: getattr(settings, name) for name in kept}
+            loaded = Policy.load(str(baked.model), adapter=baked.adapter and str(baked.adapter), **options)
+            baked.told.append(verified(loaded, expected, effect))
+    first, *rest = baked.told
+    model, adapter = (output if place == draft else place for place in (baked.model, baked.adapter))
+    return [f"wrote {output}: {first}", *rest, f"run it: {run_line(model, adapter)}"]
+
+
+def written(
+    policy: Policy, steers: Sequence[Steer], added: dict[int, np.ndarray], folder: Path, settings: Settings
+) -> Baked:
+    """Weights that do what the steers do, for stock mlx-lm. UserError where none can."""
+    if not added:
+        return ablation_adapter(policy, steers[0], folder)
+    if list(added) == [-1]:
+        return embedding_adapter(policy, added[-1], folder)
+    if -1 in added:
         raise UserError(
             "--to mlx-lm: block -1 is said by an adapter and the others by biases, which are not made together. "
             "Name the blocks with --blocks, and export twice."
         )
-    else:
-        baked = bias_folder(policy, added, output, trust_remote_code=settings.trust_remote_code, copy=settings.copy)
-    with gone_if_wrong(output):
-        loaded = Policy.load(
-            baked.model,
-            adapter=baked.adapter,
-            dtype=settings.dtype,
-            quantize=settings.quantize,
-            cpu_dequantize=settings.cpu_dequantize,
-            trust_remote_code=settings.trust_remote_code,
-        )
-        told = verified(loaded, expected, effect)
-    return [*baked.told, told, f"run it: {run_line(baked)}"]
+    return bias_folder(policy, added, folder, trust_remote_code=settings.trust_remote_code, copy=settings.copy)
 
 
 def relative(gap: float, effect: float, *, force: bool) -> str:
@@ -149,15 +157,8 @@ def why_not(one: Steer) -> str | None:
     return None
 
 
-def gguf(
-    policy: Policy,
-    steers: Sequence[Steer],
-    added: dict[int, np.ndarray],
-    output: Path,
-    expected: mx.array,
-    effect: float,
-) -> list[str]:
-    """Write a control vector, read it back, steer with it."""
+def gguf(policy: Policy, steers: Sequence[Steer], added: dict[int, np.ndarray], output: Path) -> list[int]:
+    """Write a control vector; returns its blocks."""
     from_ = steers[0].direction.about if len(steers) == 1 else About(method="sum")
     about = dataclasses.replace(
         from_,
@@ -169,20 +170,15 @@ def gguf(
         base_model=policy.name,
         base_hash=policy.base_hash,
     )
-    written = gguf_vectors.write(Direction(added, about), output, model_type=str(policy.config.get("model_type", "")))
-    with gone_if_wrong(output), steer(policy, vectors.load(output, policy=policy)):
-        told = verified(policy, expected, effect)
-    blocks = vectors.spans(written)
-    return [f"wrote {output}: blocks {blocks}", told, f"run it: llama-cli -m MODEL.gguf --control-vector {output}"]
+    return gguf_vectors.write(Direction(added, about), output, model_type=str(policy.config.get("model_type", "")))
 
 
 @contextmanager
-def gone_if_wrong(output: Path) -> Iterator[None]:
-    """Removes what was written where it cannot be loaded or does something else."""
+def told_as(output: Path) -> Iterator[None]:
+    """What was written and cannot be loaded, or does something else, is told by the name that it would have got."""
     try:
         yield
     except UserError as error:
-        shutil.rmtree(output) if output.is_dir() else output.unlink()
         raise UserError(
             f"--output {output}: what was written does not run as it should, and is gone again: {error}"
         ) from error
@@ -205,7 +201,6 @@ def log_probs(policy: Policy) -> mx.array:
     return found
 
 
-def run_line(baked: Baked) -> str:
+def run_line(model: Path | None, adapter: Path | None) -> str:
     """The command that generates with an export."""
-    adapter = f" --adapter-path {baked.adapter}" if baked.adapter else ""
-    return f"mlx_lm.generate --model {baked.model}{adapter} --prompt ..."
+    return f"mlx_lm.generate --model {model}{f' --adapter-path {adapter}' if adapter else ''} --prompt ..."
