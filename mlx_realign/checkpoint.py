@@ -2,8 +2,8 @@
 """Checkpoints that are whole or absent: written under another name, synced, renamed. `kill -9` leaves the last one.
 
 A checkpoint is a folder: the adapter as mlx-lm reads it (with full fine-tuning weights.safetensors), the optimizer's
-arrays, and state.json with the position in the run and a checksum of each file. Random numbers are functions of the
-seed and the position, so these are all there is to restore.
+arrays, and state.json with the position in the run, the run it is of, and a checksum of each file and of itself. Random
+numbers are functions of the seed and the position, so these are all there is to restore.
 """
 
 import errno
@@ -45,7 +45,8 @@ def save(folder: Path, model: nn.Module, optimizer: Updater, state: dict[str, An
             write_arrays(temporary / WEIGHTS, weights)
         write_arrays(temporary / OPTIMIZER, arrays)
         sums = {file.name: _checksum(file) for file in sorted(temporary.iterdir())}
-        (temporary / STATE).write_text(json.dumps(state | {"files": sums}, indent=1))
+        state = json.loads(json.dumps(state | {"files": sums}))  # as it will be read
+        (temporary / STATE).write_text(json.dumps(state | {"checksum": _own_checksum(state)}, indent=1))
         for file in temporary.iterdir():
             sync(file)
         shutil.rmtree(folder, ignore_errors=True)
@@ -66,7 +67,8 @@ def read_state(folder: Path) -> dict[str, Any]:
     state: dict[str, Any] = {}
     try:
         state = json.loads((folder / STATE).read_text())
-        broken = [name for name, digest in state["files"].items() if _checksum(folder / name) != digest]
+        broken = [STATE] if state.pop("checksum") != _own_checksum(state) else []
+        broken += [name for name, digest in state["files"].items() if _checksum(folder / name) != digest]
     except FileNotFoundError as error:
         broken = [f"{Path(error.filename).name} is missing"]
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
@@ -162,6 +164,11 @@ def _steps(root: Path) -> list[Path]:
     """Checkpoints in the order of their steps."""
     found = [folder for folder in root.glob("step-*") if re.fullmatch(r"step-\d+", folder.name)]
     return sorted(found, key=lambda folder: int(folder.name.removeprefix("step-")))
+
+
+def _own_checksum(state: dict[str, Any]) -> str:
+    """Of what state.json says, its own checksum aside."""
+    return hashlib.blake2b(json.dumps(state, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
 def _checksum(path: Path) -> str:

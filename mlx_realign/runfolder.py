@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The output folder of a run: config.json, metrics.jsonl, samples.jsonl, checkpoints, the result; what may go on."""
 
+import hashlib
 import importlib
 import json
 import math
@@ -63,6 +64,7 @@ class RunFolder:
         self.samples_path = self.root / "samples.jsonl"
         self.found: Path | None = None  # the checkpoint to go on from
         self.state: dict[str, Any] = {}  # and what it says
+        self.id = ""  # what checkpoints know their run by
 
     @contextmanager
     def held(self, say: Callable[[str], None]) -> Iterator[None]:
@@ -99,8 +101,11 @@ class RunFolder:
         as resolved, versions, the machine and what was found at load.
         """
         run = self._identity(run)
+        self.id = hashlib.blake2b(json.dumps(run, sort_keys=True).encode(), digest_size=16).hexdigest()
         if self.settings.resume:
             self._refuse_difference(run)
+            if self.state and self.state.get("run") != self.id:
+                raise UserError(f"--resume: the checkpoint {self.found} is of another run; delete that folder")
             for path in (self.metrics_path, self.samples_path):
                 self._cut(path, self.state.get("step", 0))
             return
@@ -163,6 +168,11 @@ class RunFolder:
     def at(self, step: int) -> Path:
         """The checkpoint folder of a step."""
         return self.checkpoints / f"step-{step:06d}"
+
+    def prune(self, best: int | None, safe: int | None) -> None:
+        """Delete old checkpoints, but for those of the best step and of the step to roll back to."""
+        kept = [None if step is None else self.at(step) for step in (best, safe)]
+        checkpoint.prune(self.checkpoints, self.settings.keep, *kept)
 
     def left_behind(self) -> str:
         """What a stopped run leaves."""

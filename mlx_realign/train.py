@@ -295,10 +295,9 @@ class Loop:
         guard.refuse_broken_weights(self.done, model.trainable_parameters())
         norms = [self.norms.first, self.norms.last]
         state = place | {"best": self.best, "norms": norms, "drift": self.drift.state, "feed": self.feed.state}
+        state |= {"run": self.folder.id}
         checkpoint.save(self.folder.at(self.done), model, self.optimizer, state, base_model=self.policy.name)
-        steps = (self.best[1] if self.best else None, self.drift.limit.safe_step)
-        kept = [None if step is None else self.folder.at(step) for step in steps]
-        checkpoint.prune(self.folder.checkpoints, self.settings.keep, *kept)
+        self.folder.prune(self.best and self.best[1], self.drift.limit.safe_step)
 
     def resume(self) -> None:
         """Back to the newest checkpoint, where there is one and it was asked for."""
@@ -313,6 +312,7 @@ class Loop:
             self.drift.restore(state.get("drift", {}))
             self.feed.restore(state.get("feed", {}))
             self.proven = self.done > 0
+            self.folder.prune(self.best and self.best[1], self.drift.limit.safe_step)  # a killed run may not have
         self.reporter.say(f"going on after step {self.done} of {self.steps}")
 
     def show(self, samples: list[dict[str, Any]]) -> None:

@@ -110,13 +110,13 @@ def test_damage_is_named(model, updater, tmp_path, name):
         checkpoint.read_state(folder)
 
 
-def test_one_flipped_bit_is_damage(model, updater, tmp_path):
+@pytest.mark.parametrize(("name", "at"), [("optimizer.safetensors", b""), ("state.json", b'"step": ')])
+def test_one_flipped_bit_is_damage(model, updater, tmp_path, name, at):
     folder = write(tmp_path, 1, model, updater)
-    file = folder / "optimizer.safetensors"
-    content = bytearray(file.read_bytes())
-    content[-1] ^= 1
-    file.write_bytes(content)
-    with pytest.raises(UserError, match="optimizer.safetensors"):
+    content = bytearray((folder / name).read_bytes())
+    content[content.index(at) + len(at) if at else -1] ^= 1  # step 1 becomes step 0
+    (folder / name).write_bytes(content)
+    with pytest.raises(UserError, match=name):
         checkpoint.read_state(folder)
 
 

@@ -3,6 +3,7 @@
 
 import json
 import random
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -202,3 +203,22 @@ def test_an_old_checkpoint_serves_where_the_newest_is_deleted(tiny_model_dir, tm
     again = launch(run.folder, tiny_model_dir, split, *words, "--resume")
     assert again.steps == straight and again.adapter == before
     assert json.loads((run.folder / "checkpoints" / "step-000004" / "state.json").read_text())["step"] == 4
+
+
+def test_a_checkpoint_of_another_run_is_refused(tiny_model_dir, tmp_path, split):
+    words = (*EVERY_STEP, "--steps", 3)
+    run = launch(tmp_path / "a" / "out", tiny_model_dir, split, *words)
+    other = launch(tmp_path / "b" / "out", tiny_model_dir, split, *words, "--seed", 7)
+    shutil.rmtree(run.folder / "checkpoints" / "step-000003")
+    shutil.copytree(other.folder / "checkpoints" / "step-000003", run.folder / "checkpoints" / "step-000003")
+    with pytest.raises(UserError, match="step-000003 is of another run"):
+        launch(run.folder, tiny_model_dir, split, *words, "--resume")
+
+
+def test_a_checkpoint_too_many_of_a_killed_run_goes(tiny_model_dir, tmp_path, split):
+    """Killed after a checkpoint got its name and before the oldest went."""
+    words = (*EVERY_STEP, "--keep", 2, "--steps", 4)
+    run = launch(tmp_path / "out", tiny_model_dir, split, *words)
+    kept = run.checkpoints
+    shutil.copytree(run.folder / "checkpoints" / "step-000003", run.folder / "checkpoints" / "step-000001")
+    assert launch(run.folder, tiny_model_dir, split, *words, "--resume").checkpoints == kept
