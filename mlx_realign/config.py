@@ -221,6 +221,9 @@ def check(settings: TrainSettings) -> None:
         _require(settings, name, "above 0", lambda value: 0 < value < float("inf"))
     for name in ("warmup_steps", "weight_decay", "max_grad_norm", "kl_every", "router_aux_loss_coef"):
         _require(settings, name, "0 or more", lambda value: 0 <= value < float("inf"))
+    if settings.optimizer != "sgd":
+        usual = f"1 or less (with {settings.optimizer} a weight moves by about so much in a step; 1e-6 to 1e-2 is usual)"
+        _require(settings, "learning_rate", usual, lambda rate: rate <= 1)
     _require(settings, "lora_dropout", "at least 0 and below 1", lambda value: 0 <= value < 1)
     _require(settings, "lora_layers", "-1 (all blocks) or a number of blocks above 0", lambda n: n == -1 or n > 0)
     _require(settings, "max_length", "at least 2: one token of prompt, one of completion", lambda n: n >= 2)

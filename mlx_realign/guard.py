@@ -15,6 +15,7 @@ from .optim import flat
 
 EXPLODED = 1000.0  # a gradient norm so many times the usual one stops the run
 REMEMBERED, ENOUGH = 100, 10  # norms of the last steps; fewer than this many say nothing about what is usual
+STILL = 10
 LINES_SHOWN = 40
 STOPPING = "stopping after this step, with a checkpoint; once more stops at once without"
 OUT_OF_MEMORY = ("malloc", "out of memory", "insufficient memory", "unable to allocate")
@@ -38,6 +39,7 @@ class Norms:
     def __init__(self) -> None:
         self.first: list[float] = []
         self.last: list[float] = []
+        self.still = 0  # steps in a row without a gradient, although there is a loss
 
     @property
     def usual(self) -> float:
@@ -59,6 +61,12 @@ class Norms:
             guilty = [own for own, total in lines if not mx.isfinite(total).item()] or [own for own, _ in lines]
             rows = listed([line for own in guilty for line in own])
             raise Fault(f"step {step}: {bad[0]}; rows at lines {rows}. Look at these rows, or lower --learning-rate")
+        self.still = 0 if norm or not loss else self.still + 1
+        if self.still == STILL:
+            raise Fault(
+                f"step {step}: the gradient has been zero for {STILL} steps, although the loss is {loss:.4g}: the policy "
+                "has left the range in which it can learn. Lower --learning-rate"
+            )
         if not norm:  # a group whose rewards are all the same: no step to measure others by
             return
         self.first = [*self.first, norm][:ENOUGH]

@@ -106,6 +106,7 @@ def test_steps_and_epochs_are_one_choice_and_the_flag_wins(recipe):
         (["--config", "nowhere.toml"], "--config nowhere.toml: no such file"),
         (["--batch-size", "0"], "--batch-size must be above 0, got 0."),
         (["--learning-rate", "nan"], "--learning-rate must be above 0, got nan."),
+        (["--learning-rate", "1e9"], "--learning-rate must be 1 or less (with adamw"),
         (["--lora-dropout", "1"], "--lora-dropout must be at least 0 and below 1, got 1.0."),
         (["--lora-layers", "0"], "--lora-layers must be -1 (all blocks)"),
         (["--max-length", "1"], "--max-length must be at least 2"),

@@ -77,6 +77,19 @@ def test_a_new_row_after_many_known_ones_is_no_explosion():
         norms.refuse(302, 1.0, 5001.0, lines)
 
 
+def test_a_policy_that_cannot_learn_any_more_is_told_and_one_that_has_learned_is_not():
+    norms, lines = guard.Norms(), [([3], mx.array(5.0))]
+    for step in range(1, 40):
+        norms.refuse(step, 0.0, 0.0, lines)  # a hinge that all pairs are beyond, groups whose rewards are alike
+    for step in range(40, 49):
+        norms.refuse(step, 5.0, 0.0, lines)
+    norms.refuse(49, 5.0, 1e-8, lines)
+    for step in range(50, 59):
+        norms.refuse(step, 5.0, 0.0, lines)
+    with pytest.raises(guard.Fault, match="step 59: the gradient has been zero for 10 steps, although the loss is 5"):
+        norms.refuse(59, 5.0, 0.0, lines)
+
+
 def test_a_state_that_is_not_finite_never_becomes_a_checkpoint(tiny_model_dir, tmp_path):
     weights = {"a": mx.zeros((2,)), "b": {"c": mx.array([1.0, math.inf])}}
     with pytest.raises(guard.Fault, match="step 3: 1 trained tensors hold NaN or infinity, b.c among them"):
