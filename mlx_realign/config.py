@@ -222,7 +222,7 @@ def check(settings: TrainSettings) -> None:
     for name in ("warmup_steps", "weight_decay", "max_grad_norm", "kl_every", "router_aux_loss_coef"):
         _require(settings, name, "0 or more", lambda value: 0 <= value < float("inf"))
     if settings.optimizer != "sgd":
-        usual = f"1 or less (with {settings.optimizer} a weight moves by about so much in a step; 1e-6 to 1e-2 is usual)"
+        usual = f"1 or less (with {settings.optimizer} a weight moves by about that in a step; 1e-6 to 1e-2 is usual)"
         _require(settings, "learning_rate", usual, lambda rate: rate <= 1)
     _require(settings, "lora_dropout", "at least 0 and below 1", lambda value: 0 <= value < 1)
     _require(settings, "lora_layers", "-1 (all blocks) or a number of blocks above 0", lambda n: n == -1 or n > 0)

@@ -64,8 +64,8 @@ class Norms:
         self.still = 0 if norm or not loss else self.still + 1
         if self.still == STILL:
             raise Fault(
-                f"step {step}: the gradient has been zero for {STILL} steps, although the loss is {loss:.4g}: the policy "
-                "has left the range in which it can learn. Lower --learning-rate"
+                f"step {step}: the gradient has been zero for {STILL} steps, although the loss is {loss:.4g}: the "
+                "policy has left the range in which it can learn. Lower --learning-rate"
             )
         if not norm:  # a group whose rewards are all the same: no step to measure others by
             return

@@ -29,7 +29,7 @@ def pairs(tmp_path) -> Path:
 
 def test_nan_stops_with_the_step_the_metric_and_the_lines(tiny_model_dir, tmp_path, pairs, capsys):
     """An absurd learning rate: the first step moves every weight by about 1e30, the second step's loss is NaN."""
-    words = ("--learning-rate", 1e30, "--no-shuffle", "--save-every", 1, "--steps", 4)
+    words = ("--optimizer", "sgd", "--learning-rate", 1e30, "--no-shuffle", "--save-every", 1, "--steps", 4)
     run = launch(tmp_path / "out", tiny_model_dir, pairs, *words)
     out, err = capsys.readouterr()
     assert run.code == 1
@@ -44,7 +44,7 @@ def test_nan_stops_with_the_step_the_metric_and_the_lines(tiny_model_dir, tmp_pa
 
 
 def test_json_says_the_fault_as_json(tiny_model_dir, tmp_path, pairs, capsys):
-    run = launch(tmp_path / "out", tiny_model_dir, pairs, "--learning-rate", 1e30, "--json")
+    run = launch(tmp_path / "out", tiny_model_dir, pairs, "--optimizer", "sgd", "--learning-rate", 1e30, "--json")
     out, err = capsys.readouterr()
     assert (run.code, err) == (1, "")
     assert json.loads(out.splitlines()[-1])["error"].startswith("stopped: step 2: loss is nan")
@@ -99,7 +99,7 @@ def test_a_state_that_is_not_finite_never_becomes_a_checkpoint(tiny_model_dir, t
 
 def test_a_held_out_loss_that_is_not_finite_names_the_rows(tiny_model_dir, tmp_path, pairs, capsys):
     held_out = write_rows(tmp_path / "valid.jsonl", pair_rows(3))
-    words = ("--learning-rate", 1e30, "--eval-data", held_out, "--eval-every", 1)
+    words = ("--optimizer", "sgd", "--learning-rate", 1e30, "--eval-data", held_out, "--eval-every", 1)
     run = launch(tmp_path / "out", tiny_model_dir, pairs, *words)
     assert run.code == 1
     assert "stopped: step 1: eval_loss is nan; held-out rows at lines 1, 2." in capsys.readouterr().err
