@@ -5,6 +5,7 @@ A dataset is a folder of raw little-endian arrays plus meta.json (sizes and chec
 name and renamed when complete, so a folder that exists is whole; one whose bytes no longer match is built anew.
 """
 
+import errno
 import json
 import os
 import shutil
@@ -12,6 +13,7 @@ import time
 import uuid
 import zlib
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
@@ -107,7 +109,8 @@ class Writer:
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         for file in self._files.values():
-            file.close()
+            with suppress(OSError):  # what a full disk did not take, it takes no better now
+                file.close()
         shutil.rmtree(self.folder, ignore_errors=True)  # gone already when `finish` has published it
 
     def add(self, examples: list[Example]) -> None:
@@ -178,9 +181,10 @@ class _said:
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if isinstance(error, OSError):
+            what = "Free some space, or set" if error.errno == errno.ENOSPC else "Set"
             raise UserError(
                 f"cannot write tokenised data to {self.target.parent}: {error.strerror or error}. "
-                "Free some space, or set MLX_REALIGN_CACHE to another folder."
+                f"{what} MLX_REALIGN_CACHE to another folder, which you may write to."
             ) from error
 
 
