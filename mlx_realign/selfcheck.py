@@ -18,9 +18,10 @@ from mlx.utils import tree_flatten
 
 from . import adapter, forward, selfcheck_reference
 from .batch import Batch, LossOutput, Scores
+from .errors import said
 from .forward import shrunk_windows
 from .policy import Policy
-from .selfcheck_reference import nudged, said, weights_of
+from .selfcheck_reference import nudged, weights_of
 
 # Relative, of a tensor's norm. On SmolLM2-135M rounding comes to 1e-4 in float32 (also over a 4-bit base), to 5e-2 in
 # bfloat16; keys that get no gradient, positions off by one or a pad token that is seen come to more than 1 in both.
@@ -110,7 +111,7 @@ class _Check:
         reason, _ = self._try("checkpointed_layers")
         if not reason and not forward.recomputing(self.policy.model):
             kind = self.policy.config.get("model_type")
-            reason = f"a {kind} model computes with the parts of its layers, not with them"
+            reason = f"{kind} models compute with the parts of their layers, not with them"
             self.results["checkpointed_layers"] = f"off: {reason}"
         if reason:
             forward.uncheckpoint_layers(self.policy.model)
@@ -125,7 +126,7 @@ class _Check:
                 if worst <= self.limit:
                     self.results[name] = f"exact to {worst:.1e}"
                     return None, found
-                reason = f"{where} differs by {worst:.1e} (relative)"
+                reason = _difference(where, worst)
             except Exception as error:  # whatever an architecture raises, training goes on by the plain way
                 reason = f"it raised {said(error)}"
         self.results[name] = f"off: {reason}"
@@ -185,6 +186,11 @@ def _gap(found: dict[str, mx.array], expected: dict[str, mx.array]) -> tuple[flo
         if gap > worst:
             worst, where = gap, name
     return worst, where
+
+
+def _difference(where: str, gap: float) -> str:
+    verb, be = ("differ", "are") if where == "log-probs" else ("differs", "is")
+    return f"{where} {verb} by {gap:.1e} (relative)" if math.isfinite(gap) else f"{where} {be} not finite"
 
 
 def _norm(x: mx.array) -> float:
