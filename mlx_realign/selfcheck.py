@@ -24,8 +24,9 @@ from .policy import Policy
 from .selfcheck_reference import nudged, weights_of
 
 # Relative, of a tensor's norm. On SmolLM2-135M rounding comes to 1e-4 in float32 (also over a 4-bit base), to 5e-2 in
-# bfloat16; keys that get no gradient, positions off by one or a pad token that is seen come to more than 1 in both.
-LIMIT = {mx.float32: 2e-3, mx.bfloat16: 2.5e-1, mx.float16: 5e-2}
+# bfloat16, where the worst of mlx-lm's architectures comes to 7e-2; keys that get no gradient, positions off by one or a
+# pad token that is seen come to more than 1 in both.
+LIMIT = {mx.float32: 2e-3, mx.bfloat16: 1.5e-1, mx.float16: 5e-2}
 
 
 class Checks(NamedTuple):

@@ -27,15 +27,15 @@ REFUSED: dict[str, dict[str, str]] = {
     "gear": {"all": "its tokenizer cannot be read"},  # transformers does not take its kinds of layers
     "gemma3n": {"all": "Gemma 3n is not supported"},
     "iquestloopcoder": {
-        "gradient, checkpointed": "computes with the parts of its layers",
-        **dict.fromkeys(["steering", "steering, generated", "ablation"], "never calls it"),
+        "gradient, checkpointed": "compute with the parts of their layers",
+        **dict.fromkeys(["steering", "steering, generated", "ablation"], "never call it"),
     },
     "kimi_k3": {"gradient, checkpointed": "gradient checkpointing is off"},  # blocks that keep what others gave
     "longcat_flash": {"ablation": "by ways that are not known"},
     "longcat_flash_ngram": {"ablation": "by ways that are not known"},
     "muse_spark": {"all": METAL},
     "olmo": {"all": "ai2-olmo"},
-    "phi3small": {"all": "rows of a batch are not what mlx-lm gives"},  # there, tokens see those that come after them
+    "phi3small": {"all": "Phi-3-small is not supported"},
     "prism_hadamard_qwen35": {"ablation": "by ways that are not known"},  # layers of a kind of its own
     "recurrent_gemma": {"all": "_no_grad"},
     "rwkv7": {"ablation": "by ways that are not known"},  # its first block norms the stream itself
