@@ -65,12 +65,12 @@ def _fill_rope(taken: Taken) -> list[str]:
         rope |= {key: v for key, names in beside.items() if key not in scaling for n in names if (v := part.get(n))}
     twice += _fill(taken, THETA, rope.get("rope_theta"), "rope_theta", fixed=FIXED_THETA)
     if (share := rope.get("partial_rotary_factor")) is not None:
-        if taken.lacks("rotary_dim") and "partial_rotary_factor" not in fields:
-            part["rotary_dim"] = int(_head_dim(part) * share)
+        if taken.lacks("rotary_dim") and "partial_rotary_factor" not in fields and taken.head_dim:
+            part["rotary_dim"] = int(taken.head_dim * share)
         else:
             twice += _fill(taken, PARTIAL, share, "partial_rotary_factor", fixed=1.0)
     else:  # all of each head
-        for key, whole in (("partial_rotary_factor", 1.0), ("rotary_dim", _head_dim(part))):
+        for key, whole in (("partial_rotary_factor", 1.0), ("rotary_dim", taken.head_dim)):
             if taken.lacks(key) and taken.required(key):
                 part[key] = whole
     kind = rope.get("rope_type") or rope.get("type") or "default"
@@ -85,10 +85,6 @@ def _fill_rope(taken: Taken) -> list[str]:
     return twice
 
 
-def _head_dim(part: dict[str, Any]) -> int:
-    return part.get("head_dim") or part["hidden_size"] // part["num_attention_heads"]
-
-
 def _whole(taken: Taken) -> bool:
     """Whether the model file passes `rope_parameters` on, instead of taking its theta alone."""
     single = r"\s*(is not None|is None|\[\s*[\"']|\.get\(\s*[\"']|and\b|:|= )"
@@ -101,7 +97,8 @@ def _fill(taken: Taken, names: tuple[str, ...], value: Any, what: str, fixed: An
     A note for each other value that config.json has under these names.
     """
     named = [name for name in names if name in taken.fields]
-    used = [name for name in named if taken.reads(name)]
+    own = rf"\.rope_parameters(\[|\.get\()[\"']{names[0]}[\"']"
+    used = [name for name in named if taken.reads(name)] or re.search(own, taken.source)
     if not used and value is not None and value != fixed:
         raise ValueError(
             f"rope_parameters say {what if what.startswith('rope_type') else f'{what} {value}'}, and "

@@ -40,6 +40,7 @@ FAMILIES = [  # (in config.json, in the source of a model file that computes it)
     (r"gelu_\w+|quick_gelu", r"gelu_\w*approx|geglu|approx=.(precise|tanh|fast)|tanh"),
     (r"relu\w*", r"relu"),
 ]
+WINDOWS = ("sliding_window_size", "attention_window_size")  # what else model files call it
 IGNORED = {"mrope_section", "mrope_interleaved", "finetuned", "attn_factor"}  # nothing to text alone, or left to mlx-lm
 
 
@@ -54,7 +55,7 @@ def notes(taken: Taken) -> Iterator[str]:
     yield from _lost_windows(taken)
     yield from _lost_activation(taken)
     scalar = part.get("query_pre_attn_scalar")
-    if scalar and scalar != _head_dim(taken) and not taken.reads("query_pre_attn_scalar"):
+    if scalar and scalar != taken.head_dim and not taken.reads("query_pre_attn_scalar"):
         yield _note(taken, "query_pre_attn_scalar", scalar, "attention is scaled otherwise")
 
 
@@ -70,15 +71,12 @@ def _neutral(found: Rule, value: Any) -> bool:
     return value is None or isinstance(value, dict | str) or value in found.neutral
 
 
-def _head_dim(taken: Taken) -> Any:
-    sizes = taken.value("hidden_size"), taken.value("num_attention_heads")
-    return taken.value("head_dim") or (sizes[0] // sizes[1] if all(sizes) else None)
-
-
 def _done_otherwise(taken: Taken, key: str, value: Any) -> bool:
     """Whether the model file does the same by another name or by default, always does it, or has no use for it."""
     if key == "attention_chunk_size":
         return value >= _longest(taken)
+    if "cap" in key:  # one file caps at a number of its own
+        return re.search(rf"cap\w*(: float)?\s*=\s*{re.escape(str(float(value)))}\b", taken.source) is not None
     if key == "norm_topk_prob":
         return re.search(r"/ (denominator|\(?\w+\.sum\()", taken.source) is not None
     same = next((names for names in (THETA, LOCAL_THETA, PARTIAL) if key in names), ())
@@ -149,7 +147,7 @@ def _lost_windows(taken: Taken) -> Iterator[str]:
     slides = part.get("use_sliding_window", True) and (not kinds or any("sliding" in str(kind) for kind in kinds))
     if not isinstance(window, int) or not slides or window >= _longest(taken):
         return
-    read = taken.reads("sliding_window")
+    read = taken.reads("sliding_window") or any(taken.reads(name) and taken.value(name) == window for name in WINDOWS)
     if read and taken.reads("layer_types") and not kinds:  # the model file then decides
         made = taken.args.from_dict(copy.deepcopy(part)).layer_types
         read = made is None or any("sliding" in str(kind) for kind in made)

@@ -47,6 +47,13 @@ class Taken(NamedTuple):
             return self.part.get(key)
         return self.fields[key].default
 
+    @property
+    def head_dim(self) -> int | None:
+        """Of one head, as it is said or follows from the model's width; None where neither is in config.json."""
+        width = self.value("hidden_size") or self.value("n_embd")
+        heads = self.value("num_attention_heads") or self.value("n_head")
+        return self.value("head_dim") or (width // heads if width and heads else None)
+
 
 def read_by(config: dict[str, Any], model_class: type, args_class: type) -> Taken:
     modules = [sys.modules[kind.__module__] for kind in (model_class, *model_class.__mro__[1:]) if _is_file(kind)]

@@ -202,6 +202,11 @@ def test_rope_settings_of_each_kind_of_layer_that_contradict_others_are_those_of
     assert len(notes) == 2
 
 
+def test_a_model_file_that_looks_into_rope_parameters_itself_has_a_setting_for_them():
+    text = {"rope_parameters": {"rope_theta": 5e5, "rope_type": "default"}, "model_type": "muse_spark_text"}
+    assert complete({"model_type": "muse_spark", "text_config": text}) == []
+
+
 def test_a_text_config_of_null_is_none(tmp_path: Path):
     config = config_of("llama", {"rope_theta": 300.0}) | {"text_config": None}
     folder = write(tmp_path / "model", make_model(config), config)

@@ -135,6 +135,15 @@ QWEN1 = {
     "num_attention_heads": 16,
     "rotary_pct": 1.0,
 }
+SMALL = {
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 320,
+}
+NANOCHAT = {"model_type": "nanochat", **SMALL, "intermediate_size": 128, "final_logit_softcapping": 15.0}
+MIMO = {"model_type": "mimo_v2_flash", **SMALL, "sliding_window": 128, "sliding_window_size": 128, "rope_theta": 1e4}
 GROWN = {**OLMO3["rope_scaling"], "mscale": 1.0, "mscale_all_dim": 1.0, "attention_factor": 1.0, "truncate": True}
 LONG = {"rope_type": "longrope", "short_factor": [1.0] * 8, "long_factor": [1.0] * 8}
 
@@ -169,6 +178,10 @@ LONG = {"rope_type": "longrope", "short_factor": [1.0] * 8, "long_factor": [1.0]
         (PUBLISHED["Llama-3.2-1B"], {"rope_local_base_freq": 10000.0}, "rope_local_base_freq 10000.0"),
         (PUBLISHED["Llama-3.2-1B"], {"attention_chunk_size": 131072, "query_pre_attn_scalar": 64}, ""),
         (PUBLISHED["Llama-3.2-1B"], {"attention_chunk_size": 8192}, "attention_chunk_size 8192"),
+        (NANOCHAT, {}, ""),
+        (NANOCHAT, {"final_logit_softcapping": 30.0}, "final_logit_softcapping 30.0"),
+        (MIMO, {}, ""),
+        (MIMO, {"sliding_window": 64}, "sliding_window 64"),
         (PUBLISHED["OLMo-2-1B"], {"query_pre_attn_scalar": 128}, ""),  # of 2048 / 16, as no head_dim is said
         # Qwen 2 slides only where it is told to, and then from layer max_window_layers on.
         (PUBLISHED["Qwen2.5-0.5B"], {"use_sliding_window": None, "sliding_window": 4096}, ""),
