@@ -142,15 +142,15 @@ def _tried(model: nn.Module, paths: list[str]) -> dict[str, str]:
     modules: dict[str, Any] = dict(model.named_modules())
     kind = getattr(model, "model_type", None) or type(model).__module__.rpartition(".")[2]
     rows = len(paths) + 1
-    why = {path: f"a {kind} model computes with the parts of this block and never calls it" for path in paths}
+    why = {path: f"{kind} models compute with the parts of this block and never call it" for path in paths}
 
     def turn(x: Any, i: int) -> Any:
         path = paths[i]
         if not isinstance(x, mx.array):
-            why[path] = f"a {kind} model's block gives a {type(x).__name__}, not one array"
+            why[path] = f"in {kind} models this block gives a {type(x).__name__}, not one array"
         elif x.ndim != 3 or x.shape[:2] != (rows, PROBE.size):
-            why[path] = f"a {kind} model's block gives an array {list(x.shape)} for {rows} texts of {PROBE.size} tokens"
-            why[path] += ": it has several residual streams, or none with one vector per token"
+            why[path] = f"in {kind} models this block gives an array {list(x.shape)} for {rows} texts of "
+            why[path] += f"{PROBE.size} tokens: it has several residual streams, or none with one vector per token"
         else:
             why.pop(path, None)
             return mx.where(mx.arange(rows)[:, None, None] == i + 1, -x[..., ::-1], x)
@@ -163,7 +163,7 @@ def _tried(model: nn.Module, paths: list[str]) -> dict[str, str]:
         answers: Any = moved[1:].tolist()
         for path, by in zip(paths, answers, strict=True):
             if by < 1e-3:  # rounding, which batches of several rows may bring
-                why.setdefault(path, f"what this block gives does not reach the logits of a {kind} model")
+                why.setdefault(path, f"in {kind} models what this block gives does not reach the logits")
     finally:
         for handle in handles:
             handle.remove()
