@@ -55,6 +55,7 @@ class Policy:
         self.notes += self.kernels.notes
         if loading.on_cpu() and blas.in_use().wanting and (line := blas.in_use().line()):
             self.notes.append(line)
+            blas.warn()
         _live.add(self)
         blas.set_usual_threads(cores() if any(one.parameters >= SMALL for one in _live) else 1)
         self.refresh()
