@@ -254,7 +254,8 @@ class Policy:
             run = partial(self._packed, loss=loss, forms=forms)
             self._traces[loss] = mx.compile(run, inputs=state, outputs=state), forms
         run, forms = self._traces[loss]
-        packed, grads = run(batch)
+        with forward.restored(self.model):
+            packed, grads = run(batch)
         return tree_map(lambda i: packed[i], forms[tuple(sorted(batch.extras))]), grads
 
     def _packed(self, batch: Batch, loss: Loss, forms: dict[tuple[str, ...], Any]) -> tuple[mx.array, dict[str, Any]]:
