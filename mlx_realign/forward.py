@@ -296,7 +296,7 @@ def _copy(cache: PromptRecorder | PromptReader | None, kv: tuple[mx.array, ...])
 
 @contextmanager
 def restored(model: nn.Module) -> Iterator[None]:
-    """What fails inside leaves the model's arrays as they were: a trace that breaks off leaves its placeholders there."""
+    """What fails inside leaves the model's arrays as they were: a trace that breaks off puts its placeholders there."""
     before = tree_map(lambda x: x, model.state)
     try:
         yield

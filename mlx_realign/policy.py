@@ -16,7 +16,7 @@ from typing import Any
 import mlx.core as mx
 from mlx.utils import tree_flatten, tree_map
 
-from . import adapter, balance, blas, fingerprint, forward, loading
+from . import adapter, balance, blas, fingerprint, forward, loading, taps
 from .batch import Batch, LossOutput, Scores
 from .config import TrainSettings
 from .errors import UserError
@@ -252,10 +252,13 @@ class Policy:
             state = [self.model.state]  # also an output: checkpointed layers exchange parameters while they run
             forms: dict[tuple[str, ...], Any] = {}
             run = partial(self._packed, loss=loss, forms=forms)
-            self._traces[loss] = mx.compile(run, inputs=state, outputs=state), forms
-        run, forms = self._traces[loss]
-        with forward.restored(self.model):
+            self._traces[loss] = mx.compile(run, inputs=state, outputs=state), forms, set()
+        run, forms, traced = self._traces[loss]
+        arrays: Any = [*tree_flatten(batch), *tree_flatten(taps.held(self.model))]
+        shapes = tuple(x.shape for _, x in arrays if isinstance(x, mx.array))
+        with nullcontext() if shapes in traced else forward.restored(self.model):
             packed, grads = run(batch)
+        traced.add(shapes)
         return tree_map(lambda i: packed[i], forms[tuple(sorted(batch.extras))]), grads
 
     def _packed(self, batch: Batch, loss: Loss, forms: dict[tuple[str, ...], Any]) -> tuple[mx.array, dict[str, Any]]:
