@@ -33,7 +33,8 @@ def entry(argv: Sequence[str] | None = None) -> int:
 def run(main: Callable[[list[str]], int | None], argv: Sequence[str] | None = None) -> int:
     """Runs a command's `main` and returns its exit code. A UserError is one message on standard error and code 2."""
     try:
-        return main(list(sys.argv[1:] if argv is None else argv)) or 0
+        with blas.told_by_command():
+            return main(list(sys.argv[1:] if argv is None else argv)) or 0
     except UserError as error:
         sys.stdout.flush()
         print(f"error: {error}", file=sys.stderr)

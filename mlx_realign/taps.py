@@ -203,13 +203,13 @@ def blocks(model: nn.Module) -> list[str]:
     return blocks_of(model)
 
 
-def hold(model: nn.Module, arrays: dict[str, mx.array], variants: int = 1) -> nn.Module:
+def hold(model: nn.Module, arrays: dict[str, mx.array], variants: int = 1, reach: int | None = None) -> nn.Module:
     """A holder of arrays for taps, part of `model.state` until `release`; neither trained nor saved.
 
-    variants: how many configurations these arrays have rows for; 1: the same for all.
+    variants: how many configurations these arrays have rows for; 1: the same for all. reach: see `reach`.
     """
-    holder = nn.Module()
-    holder.variants = variants  # pyright: ignore[reportAttributeAccessIssue]
+    holder: Any = nn.Module()
+    holder.variants, holder.reach = variants, reach
     for name, array in arrays.items():
         holder[name] = array
     model.setdefault(HELD, {})[f"h{id(holder)}"] = holder
@@ -220,6 +220,19 @@ def variants(model: nn.Module) -> int | None:
     """How many configurations rows can choose from; None: any number gives the same."""
     counts = [holder.variants for holder in model.get(HELD, {}).values() if holder.variants > 1]
     return min(counts, default=None)
+
+
+def reach(model: nn.Module) -> int | None:
+    """How many tokens before a prompt's end taps treat otherwise than if the prompt went on; None: none, nor any after.
+
+    A cache that is kept for a longer text must lose what was computed from there on.
+    """
+    return max((h.reach for h in model.get(HELD, {}).values() if h.reach is not None), default=None)
+
+
+def held(model: nn.Module) -> list[mx.array]:
+    """All arrays of its holders: other ones where taps have come or gone, or a number of theirs has changed."""
+    return [array for holder in model.get(HELD, {}).values() for array in holder.values()]
 
 
 def release(model: nn.Module, holder: nn.Module) -> None:

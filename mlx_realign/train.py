@@ -17,7 +17,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from . import adapter, checkpoint, config, data, drift, fingerprint, guard, methods, optim, prepare, selfcheck
+from . import adapter, blas, checkpoint, config, data, drift, fingerprint, guard, methods, optim, prepare, selfcheck
 from .batch import LossOutput
 from .checkpoint import DiskFull
 from .errors import UserError
@@ -88,7 +88,7 @@ def run(
     with reporter.waiting(f"loading {settings.model}"):
         policy = prepare.ready(policy, settings)
         checks = selfcheck.run(policy)
-    for line in (*policy.notes, *checks.notes, *methods.notes(module, own)):
+    for line in filter(blas.untold, (*policy.notes, *checks.notes, *methods.notes(module, own))):
         reporter.say(line)
     load = partial(data.load, tokenizer=policy.tokenizer, format=module.FORMAT, settings=settings)
     with reporter.waiting("reading the data"):
