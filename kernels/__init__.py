@@ -15,6 +15,7 @@ from .switch import Switch
 
 __all__ = ["Switch", "install"]
 
+SWITCH = "_switch"  # attribute of the model
 TOLERANCE = 1e-5  # relative to the largest entry, values and gradients, float32
 
 
@@ -22,10 +23,14 @@ def install(model: Any) -> Switch:
     """Use the fused kernels in this model's own modules, where they prove right; the switch's notes say where not.
 
     mlx-lm itself, and other models in this process, stay as they are: same results, less time, for this model alone.
+    A switch that is on the model already is closed: there is one at a time.
     """
     from mlx_lm.models import activations, base
 
+    if left := model.__dict__.get(SWITCH):  # of a policy that was dropped and not closed
+        left.close()
     switch = Switch()
+    object.__setattr__(model, SWITCH, switch)
     (gated, wrong), (attending, wrong_too) = _swiglu(), _attention()
     for name, trouble in (("swiglu", wrong), ("scaled_dot_product_attention", wrong_too)):
         if trouble:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import mlx.core as mx
 
-from .exp import exp
+from .exp import exp_values
 
 __all__ = ["Groups", "available", "fused", "reference"]
 
@@ -90,7 +90,7 @@ def _part(q: mx.array, k: mx.array, v: mx.array, mask: mx.array | None) -> list[
     if mask is not None:
         scores = mx.where(mask, scores, MASKED)
     top = scores.max(-1, keepdims=True)
-    weights = exp(scores - top)
+    weights = exp_values(scores - top)
     return [(weights.astype(v.dtype) @ v).astype(mx.float32), top, weights.sum(-1, keepdims=True)]
 
 
@@ -99,8 +99,8 @@ def _merge(a: list[mx.array], b: list[mx.array], sinks: mx.array | None, heads: 
     if sinks is not None:
         sinks = sinks.astype(mx.float32).reshape(1, *heads, 1)
         top = mx.maximum(top, sinks)
-    left, right = exp(a[1] - top), exp(b[1] - top)
+    left, right = exp_values(a[1] - top), exp_values(b[1] - top)
     total = a[2] * left + b[2] * right
     if sinks is not None:
-        total = total + exp(sinks - top)
+        total = total + exp_values(sinks - top)
     return (a[0] * left + b[0] * right) / total

@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Realign language models with MLX: supervised and preference methods over one shared-prefix policy."""
 
+import sys
 from importlib import import_module
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
-from .blas import load_fast_blas
+from .blas import for_a_command, load_fast_blas
 
 __version__ = "0.1.0"
 
@@ -16,7 +17,13 @@ except ImportError as error:
         "MLX has no backend on this machine. Install one: pip install 'mlx-realign[cpu]' (Linux CPU), "
         "pip install 'mlx-realign[cuda]' (Linux, NVIDIA), pip install mlx-realign (macOS, Apple silicon)."
     ) from error
-load_fast_blas()
+try:
+    load_fast_blas()
+except KeyboardInterrupt:  # while a library proves itself: a command ends as it does anywhere else, see cli.run
+    if not for_a_command():
+        raise
+    print("interrupted", file=sys.stderr)
+    raise SystemExit(130) from None
 
 if TYPE_CHECKING:
     from . import losses as losses

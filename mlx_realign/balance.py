@@ -69,7 +69,7 @@ def find(model: nn.Module, config: dict[str, Any], coefficient: float) -> Balanc
     experts, top_k = (next((config[name] for name in names if config.get(name)), None) for names in (EXPERTS, CHOSEN))
     flag = f"--router-aux-loss-coef {coefficient:g}"
     if not experts or not top_k:
-        raise UserError(f"{flag}: a {config.get('model_type')} model has no experts to balance. Leave it out.")
+        raise UserError(f"{flag}: {config.get('model_type')} models have no experts to balance. Leave it out.")
     for _, module in model.named_modules():  # an adapter may stand around a router by now
         module.__class__ = getattr(type(module), "heard_from", type(module))
     routers = _routers(model, experts)

@@ -19,7 +19,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -34,6 +36,7 @@ SYSTEM = ("libopenblas.so.0", "libopenblas.so")
 MARK = "verdict: "  # before what the child says
 FATAL = {signal.SIGILL, signal.SIGTRAP, signal.SIGABRT, signal.SIGBUS, signal.SIGFPE, signal.SIGSEGV}
 PROOF_S = 30.0  # a proof takes less than a second; a library that hangs takes this long, once
+QUIET_S = 2.0  # a proof that takes longer says so
 STALE_S = 86_400.0  # a library that hung may have met a busy machine: it is tried again after a day
 ABSENT = "is not there"
 HANGS = "did not end"
@@ -75,6 +78,8 @@ class InUse(NamedTuple):
         return f"{said}. {INSTALL}" if self.library is None and self.wanting else said
 
 
+warned = ""  # the line that `warn` has said
+_told_by_command = False
 _usual = os.cpu_count() or 1  # threads of a matmul, until a policy says otherwise
 _in_use = InUse("", "", None, "", ())  # before `load_fast_blas`, and where MLX calls no BLAS
 
@@ -97,6 +102,36 @@ def adopt(found: InUse) -> None:
 def in_use() -> InUse:
     """What `load_fast_blas` found."""
     return _in_use
+
+
+def warn() -> None:
+    """Say the line through `warnings`, once per process; not within `told_by_command`."""
+    global warned
+    line = _in_use.line()
+    if line and not warned and not _told_by_command:
+        warned = line
+        warnings.warn(line, stacklevel=4)  # whoever makes a policy
+
+
+def untold(line: str) -> bool:
+    """Whether `warn` has not said this line."""
+    return line != warned
+
+
+@contextmanager
+def told_by_command() -> Iterator[None]:
+    """Inside, the line is left to a command, which says it among what else is to be said of a model."""
+    global _told_by_command
+    before, _told_by_command = _told_by_command, True
+    try:
+        yield
+    finally:
+        _told_by_command = before
+
+
+def for_a_command() -> bool:
+    """Whether this package is being imported by `mlx-realign` or `python -m mlx_realign.NAME`."""
+    return bool(sys.argv) and (sys.argv[0] == "-m" or Path(sys.argv[0]).name == "mlx-realign")
 
 
 def candidates() -> Iterator[Candidate]:
@@ -225,22 +260,44 @@ def _ask_child(candidate: Candidate, limit_s: float) -> tuple[dict[str, Any], bo
         CHOICE: MLX,  # or the child would ask a child of its own
     }
     environment |= _coretype(candidate)
-    options: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "stdin": subprocess.DEVNULL}
     try:
-        child = subprocess.run(command, timeout=limit_s, env=environment, **options)
+        code, *output = _ended(command, environment, candidate.name, limit_s)
     except subprocess.TimeoutExpired:
         return {"fault": f"{HANGS} within {limit_s:g} s"}, True
     except OSError as error:
         return {"fault": f"could not be tried out: {error.strerror}"}, False
-    if child.returncode < 0:
-        fault = {"fault": f"ended its process with signal {-child.returncode}"}
-        return fault, -child.returncode in FATAL
-    said, errors = (out.decode(errors="replace").splitlines() for out in (child.stdout, child.stderr))
+    if code < 0:
+        return {"fault": f"ended its process with signal {-code}"}, -code in FATAL
+    said, errors = (out.decode(errors="replace").splitlines() for out in output)
     try:
         verdict = json.loads(next(line for line in said if line.startswith(MARK))[len(MARK) :])
         return verdict, verdict.get("fault") != ABSENT
     except (StopIteration, ValueError):
-        return {"fault": f"could not be tried out: {(errors or [f'code {child.returncode}'])[-1][:200]}"}, False
+        return {"fault": f"could not be tried out: {(errors or [f'code {code}'])[-1][:200]}"}, False
+
+
+def _ended(command: Sequence[str], environment: dict[str, str], name: str, limit_s: float) -> tuple[int, bytes, bytes]:
+    """(code, output, errors) of a process; whatever breaks off the wait for it, Ctrl-C too, ends it as well."""
+    options: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "stdin": subprocess.DEVNULL}
+    with subprocess.Popen(command, env=environment, **options) as child:
+        try:
+            if limit_s > QUIET_S:
+                try:
+                    return _answer(child, QUIET_S)
+                except subprocess.TimeoutExpired:
+                    if sys.stderr:
+                        waits = f"proving {name} in a process of its own, once per machine: up to {limit_s:g} s ..."
+                        print(f"BLAS: {waits}", file=sys.stderr, flush=True)
+                limit_s -= QUIET_S
+            return _answer(child, limit_s)
+        except BaseException:
+            child.kill()
+            raise
+
+
+def _answer(child: Any, limit_s: float) -> tuple[int, bytes, bytes]:
+    output, errors = child.communicate(timeout=limit_s)
+    return child.returncode, output, errors
 
 
 def _verdict_file(candidate: Candidate) -> Path | None:

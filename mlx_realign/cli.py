@@ -45,7 +45,8 @@ def run(main: Callable[[list[str]], int | None], argv: Sequence[str] | None = No
 
 def _code(main: Callable[[list[str]], int | None], words: list[str]) -> int:
     try:
-        return main(words) or 0
+        with blas.told_by_command():
+            return main(words) or 0
     except UserError as error:
         sys.stdout.flush()
         print(f"error: {error}", file=sys.stderr)

@@ -292,3 +292,23 @@ def _copy(cache: PromptRecorder | PromptReader | None, kv: tuple[mx.array, ...])
     own.__dict__.update(cache.__dict__)
     own.kv = kv
     return own
+
+
+@contextmanager
+def restored(model: nn.Module) -> Iterator[None]:
+    """What fails inside leaves the model's arrays as they were: a trace that breaks off puts its placeholders there."""
+    before = tree_map(lambda x: x, model.state)
+    try:
+        yield
+    except BaseException:
+        _put_back(model.state, before)
+        raise
+
+
+def _put_back(tree: Any, arrays: Any) -> None:
+    """Into a tree of dicts and lists the arrays of a copy of it."""
+    for key, value in arrays.items() if isinstance(arrays, dict) else enumerate(arrays):
+        if isinstance(value, mx.array):
+            tree[key] = value
+        elif isinstance(value, dict | list):
+            _put_back(tree[key], value)

@@ -19,7 +19,7 @@ from mlx_lm.generate import GenerationResponse, stream_generate
 from mlx_lm.models import cache as kv
 from mlx_lm.sample_utils import make_sampler
 
-from . import cli, data, flags, streams, taps, ways
+from . import cli, data, flags, rollout, streams, taps, ways
 from .ends import Ended
 from .errors import UserError
 from .policy import Policy
@@ -92,15 +92,25 @@ class Session:
     settings: Settings
     cache: list[Any] = field(default_factory=list)
     fed: list[int] = field(default_factory=list)  # the tokens that are in it
+    prompted: int = 0  # how many of them were the prompt
+    under: list[mx.array] = field(default_factory=list)  # the numbers of taps (steering, say) they were computed under
+
+    def __post_init__(self) -> None:
+        check(self.settings)  # here too: from Python it is where settings come in
 
     def stream(self, prompt: list[int]) -> Iterator[GenerationResponse]:
-        """Completes prompt tokens piece by piece; ends at an end-of-turn token or after max_new_tokens."""
+        """Completes prompt tokens piece by piece; ends at an end-of-turn token or after max_new_tokens.
+
+        Raises UserError for an empty prompt.
+        """
+        rollout.refuse_empty(prompt, "generate: the prompt")
         rest = self._reuse(prompt)
         asked = self.settings
         sampler = make_sampler(asked.temperature, asked.top_p, asked.min_p, top_k=asked.top_k)
         runner = Runner(self.policy.model, len(prompt) - len(rest), len(prompt) - 1, self._cached)
         options = {"max_tokens": asked.max_new_tokens, "sampler": sampler, "prompt_cache": self.cache}
         said: list[int] = []
+        self.prompted, self.under = len(prompt), taps.held(self.policy.model)
         self.fed = []  # nothing is known of a cache whose computation breaks off
         for piece in stream_generate(runner, self.policy.tokenizer, rest, **options):
             said.append(piece.token)
@@ -114,6 +124,10 @@ class Session:
             if old != new:
                 break
             shared += 1
+        if [id(x) for x in self.under] != [id(x) for x in taps.held(self.policy.model)]:
+            shared = 0
+        elif (reach := taps.reach(self.policy.model)) is not None:  # what was said before is prompt now
+            shared = max(0, min(shared, self.prompted - reach, len(prompt) - reach))
         if not shared or not self._cached or not trimmed(self.cache, len(self.fed) - shared):
             self.cache, shared = kv.make_prompt_cache(self.policy.model) if self._cached else [], 0
         return prompt[shared:]

@@ -4,20 +4,19 @@
 import math
 import signal
 import statistics
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import mlx.core as mx
 
-from . import fingerprint
+from . import ends, fingerprint
 from .optim import flat
 
 EXPLODED = 1000.0  # a gradient norm so many times the usual one stops the run
 REMEMBERED, ENOUGH = 100, 10  # norms of the last steps; fewer than this many say nothing about what is usual
 STILL = 10
 LINES_SHOWN = 40
-STOPPING = "stopping after this step, with a checkpoint; once more stops at once without"
 OUT_OF_MEMORY = ("malloc", "out of memory", "insufficient memory", "unable to allocate")
 
 
@@ -119,6 +118,11 @@ def enough_memory(step: int) -> Iterator[None]:
             f"step {step}: out of memory ({str(error).splitlines()[0]}). Lower --batch-size, --batch-tokens or "
             "--max-length, or add --grad-checkpoint"
         ) from error
+
+
+def interruptible() -> AbstractContextManager[Callable[[], int | None]]:
+    """Inside, the first Ctrl-C, SIGTERM or SIGHUP only leaves a mark, which the yielded function tells (ends.noted)."""
+    return ends.noted("stopping after this step, with a checkpoint; once more stops at once without")
 
 
 def listed(lines: Sequence[int]) -> str:

@@ -16,7 +16,8 @@ from mlx_lm import utils as mlx_lm_utils
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from . import arguments
-from .errors import UserError
+from .errors import UserError, clipped
+from .unsupported import WRONG, explained
 
 EMBEDDED = "tiny-chat"
 DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
@@ -38,6 +39,16 @@ class Loaded(NamedTuple):
 def on_cpu() -> bool:
     """Whether MLX computes on the CPU here."""
     return mx.default_device().type == mx.DeviceType.cpu
+
+
+def limit_memory(limit_gb: float | None) -> None:
+    """Wired and cache limits where the device has them, and the user's own limit."""
+    limits = mx.device_info()
+    if "max_recommended_working_set_size" in limits:
+        mx.set_wired_limit(int(limits["max_recommended_working_set_size"]))
+    if limit_gb:
+        mx.set_memory_limit(int(limit_gb * 1e9))
+        mx.set_cache_limit(int(limit_gb * 1e9 / 8))
 
 
 def find_model(name: str) -> Path:
@@ -62,12 +73,6 @@ def find_model(name: str) -> Path:
     return folder
 
 
-WRONG = {  # by model type
-    "gemma3n": "Gemma 3n is not supported: in mlx-lm its upper layers give something else without a cache than with "
-    "one, and training and measuring run without. Gemma 3 and Gemma 4 are",
-}
-
-
 def load(
     name: str,
     *,
@@ -82,8 +87,13 @@ def load(
     """
     folder = find_model(name)
     notes: list[str] = []
+    kind = None
 
     def classes(config: dict[str, Any]) -> Any:
+        nonlocal kind
+        kind = config.get("model_type")
+        if reason := WRONG.get(str(kind)):
+            raise UserError(f"--model {name}: {reason}")
         found = _classes(config)
         notes.extend(arguments.complete(config, *found))
         return found
@@ -92,15 +102,16 @@ def load(
         model, config = mlx_lm_utils.load_model(
             folder, lazy=True, get_model_classes=classes, trust_remote_code=trust_remote_code
         )
+    except UserError:
+        raise
     except Exception as error:  # whatever a broken folder, or a model file, makes the readers raise
-        raise UserError(f"--model {name}: cannot be loaded: {_said(error, folder)}") from error
-    if reason := WRONG.get(str(config.get("model_type"))):
-        raise UserError(f"--model {name}: {reason}")
+        raise UserError(f"--model {name}: cannot be loaded: {explained(kind, _said(error, folder))}") from error
     try:
         options = {"trust_remote_code": trust_remote_code}
         tokenizer = mlx_lm_utils.load_tokenizer(folder, options, eos_token_ids=config.get("eos_token_id"))
     except Exception as error:
-        raise UserError(f"--model {name}: its tokenizer cannot be read: {_said(error, folder)}") from error
+        reason = explained(kind, _said(error, folder))
+        raise UserError(f"--model {name}: its tokenizer cannot be read: {reason}") from error
     with one_line(name, config):
         notes += [_quantize(model, config, quantize)] if quantize else []
         _cast(model, DTYPES["float32"] if dtype == "auto" and on_cpu() else DTYPES.get(dtype))
@@ -134,8 +145,8 @@ def one_line(name: str, config: dict[str, Any]) -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}".rstrip(": ")
-        raise UserError(f"--model {name}: a {config.get('model_type')} model cannot run here: {reason}") from error
+        kind, reason = config.get("model_type"), f"{type(error).__name__}: {clipped(error, 200)}".rstrip(": ")
+        raise UserError(f"--model {name}: {kind} models cannot run here: {explained(kind, reason)}") from error
 
 
 def _fetch(name: str) -> Path:
@@ -205,4 +216,4 @@ def _said(error: Exception, folder: Path) -> str:
     if isinstance(error, AttributeError | TypeError | LookupError | AssertionError):  # of code, not of a reader
         text = f"its config.json is not as mlx-lm or transformers expects it ({type(error).__name__}: {text})"
     hint = "; --trust-remote-code lets that code run, if you trust it" if "trust_remote_code" in text else ""
-    return text[:300] + hint
+    return clipped(text, 300) + hint

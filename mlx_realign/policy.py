@@ -5,6 +5,7 @@
 in chunks at trained positions only.
 """
 
+import gc
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -15,19 +16,24 @@ from typing import Any
 import mlx.core as mx
 from mlx.utils import tree_flatten, tree_map
 
-from . import adapter, balance, blas, fingerprint, forward, loading
+from . import adapter, balance, blas, fingerprint, forward, loading, taps
 from .batch import Batch, LossOutput, Scores
 from .config import TrainSettings
+from .errors import UserError
 from .head import Body
 from .kernels import install, token_scores
 from .workers import Workers, cores
 
+CLOSED = "the policy is closed, and mlx-lm's own attention runs"
 SMALL = 20e6  # parameters; the matrices of a smaller model are multiplied three times faster by one thread than by two
 Loss = Callable[[Scores, Batch], LossOutput]
 
 
 class Policy:
-    """A causal language model with an optional adapter. Build one with `Policy.load`."""
+    """A causal language model with an optional adapter. Build one with `Policy.load`.
+
+    A model serves one policy at a time: UserError where another that is not closed has it.
+    """
 
     def __init__(self, loaded: loading.Loaded, name: str) -> None:
         self.model, self.tokenizer, self.config, self.folder, self.notes, self.quantized = loaded
@@ -41,6 +47,7 @@ class Policy:
         self.tried: dict[str, str | None] = {}  # ways of generating: what is wrong with each, None if nothing; see ways
         self.start: dict[str, mx.array] = {}
         self._starts_at_base: bool | None = None
+        _refuse_second(self.model)
         with loading.one_line(name, self.config):
             self.sharing = forward.shareable(self.model) is None
             self.model.freeze()
@@ -48,6 +55,7 @@ class Policy:
         self.notes += self.kernels.notes
         if loading.on_cpu() and blas.in_use().wanting and (line := blas.in_use().line()):
             self.notes.append(line)
+            blas.warn()
         _live.add(self)
         blas.set_usual_threads(cores() if any(one.parameters >= SMALL for one in _live) else 1)
         self.refresh()
@@ -55,7 +63,7 @@ class Policy:
     def close(self) -> None:
         """Give the model's modules back mlx-lm's own functions; the policy goes on working, by those. Twice is once."""
         self.kernels.close()
-        self.tried.clear()  # ways of generating took ours
+        self.tried = {"grouped": CLOSED}  # it goes through our attention; the other ways took our kernels
         if self.compiled:
             self.compile()  # traces hold what they were made with
 
@@ -89,7 +97,7 @@ class Policy:
     @classmethod
     def from_settings(cls, settings: TrainSettings) -> "Policy":
         """As a training run asks: adapter attached (or all weights free), checkpointing, limits."""
-        limit_memory(settings.memory_limit)
+        loading.limit_memory(settings.memory_limit)
         options = {k: getattr(settings, k) for k in ("dtype", "quantize", "cpu_dequantize", "trust_remote_code")}
         policy = cls.load(settings.model, **options)
         policy.prepare(settings)
@@ -244,9 +252,13 @@ class Policy:
             state = [self.model.state]  # also an output: checkpointed layers exchange parameters while they run
             forms: dict[tuple[str, ...], Any] = {}
             run = partial(self._packed, loss=loss, forms=forms)
-            self._traces[loss] = mx.compile(run, inputs=state, outputs=state), forms
-        run, forms = self._traces[loss]
-        packed, grads = run(batch)
+            self._traces[loss] = mx.compile(run, inputs=state, outputs=state), forms, set()
+        run, forms, traced = self._traces[loss]
+        arrays: Any = [*tree_flatten(batch), *tree_flatten(taps.held(self.model))]
+        shapes = tuple(x.shape for _, x in arrays if isinstance(x, mx.array))
+        with nullcontext() if shapes in traced else forward.restored(self.model):
+            packed, grads = run(batch)
+        traced.add(shapes)
         return tree_map(lambda i: packed[i], forms[tuple(sorted(batch.extras))]), grads
 
     def _packed(self, batch: Batch, loss: Loss, forms: dict[tuple[str, ...], Any]) -> tuple[mx.array, dict[str, Any]]:
@@ -349,14 +361,14 @@ class Policy:
 _live: weakref.WeakSet[Policy] = weakref.WeakSet()
 
 
-def limit_memory(limit_gb: float | None) -> None:
-    """Wired and cache limits where the device has them, and the user's own limit."""
-    limits = mx.device_info()
-    if "max_recommended_working_set_size" in limits:
-        mx.set_wired_limit(int(limits["max_recommended_working_set_size"]))
-    if limit_gb:
-        mx.set_memory_limit(int(limit_gb * 1e9))
-        mx.set_cache_limit(int(limit_gb * 1e9 / 8))
+def _refuse_second(model: Any) -> None:
+    """UserError where a policy has this model: a second would freeze what the first trains, and share its adapter."""
+    others = lambda: [one for one in _live if one.model is model and not one.kernels.closed]  # noqa: E731
+    if others() and gc.collect() >= 0 and others():  # one that nobody holds may still be in a cycle
+        raise UserError(
+            f"this model serves the policy {others()[0].name!r} already, and two would train and switch the same "
+            "modules: use that one, call its close() first, or load the model again."
+        )
 
 
 def _sum(results: list[Any]) -> Any:

@@ -40,12 +40,13 @@ def rollout(
     rows: int = 64,
     variants: Sequence[int] | None = None,
 ) -> list[list[Generated]]:
-    """group_size completions of each prompt (token ids, not empty); at most `rows` of them are made at a time.
+    """group_size completions of each prompt (token ids); at most `rows` of them are made at a time, both at least 1.
 
     The same seed gives the same text again; a completion's random numbers belong to its place (prompt, member).
     variants: for each prompt the configuration that taps on the model (steering, say) apply to it.
+    UserError for an empty prompt, a variant that is not there and numbers out of range.
     """
-    _check(policy, prompts, variants)
+    _check(policy, prompts, variants, group_size=group_size, rows=rows)
     way = ways.check(policy)[0]
     policy.notes += [note for note in ways.notes(policy) if note not in policy.notes]
     most = rows if way in ways.TOGETHER else 1
@@ -64,12 +65,23 @@ def rollout(
     return [[found[i, member] for member in range(group_size)] for i in range(len(prompts))]
 
 
-def _check(policy: Policy, prompts: Sequence[Any], variants: Sequence[int] | None) -> None:
+def _check(policy: Policy, prompts: Sequence[Any], variants: Sequence[int] | None, **counts: int) -> None:
+    for name, count in counts.items():
+        if count < 1:
+            raise UserError(f"rollout: {name} must be at least 1, got {count}.")
+    for i, prompt in enumerate(prompts):
+        refuse_empty(prompt, f"rollout: prompts[{i}]")
     if variants is not None and len(variants) != len(prompts):
         raise UserError(f"{len(variants)} variants for {len(prompts)} prompts: give one for each.")
     count = taps.variants(policy.model)
     if count and (beyond := [one for one in variants or () if not 0 <= one < count]):
         raise UserError(f"there is no variant {beyond[0]}: there are {count}, from 0.")
+
+
+def refuse_empty(prompt: Sequence[int] | np.ndarray, name: str) -> None:
+    """UserError for a prompt without tokens: there is nothing that a model could go on from."""
+    if not len(prompt):
+        raise UserError(f"{name} is empty: give at least one token, the tokenizer's first of a text say.")
 
 
 def complete(
@@ -84,7 +96,10 @@ def complete(
     """One completion text per prompt (a user message or a list of messages), without its end-of-turn token.
 
     temperature 0 takes the most likely token; above it, tokens are sampled, repeatably where a seed is given.
+    batch_size: how many are made at a time. UserError for numbers out of range and a prompt that gives no token.
     """
+    if batch_size < 1:
+        raise UserError(f"complete: batch_size must be at least 1, got {batch_size}.")
     asked = Sampling(max_new_tokens=max_new_tokens, temperature=temperature)
     chosen = int(np.random.default_rng().integers(2**31)) if seed is None else seed
     tokens = [data.encode_prompt(prompt, policy.tokenizer) for prompt in prompts]

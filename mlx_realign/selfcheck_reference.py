@@ -19,8 +19,9 @@ from mlx.utils import tree_flatten, tree_map
 from . import adapter
 from .adapter_layers import Adapter
 from .batch import Batch
-from .errors import UserError
+from .errors import UserError, said
 from .policy import Policy
+from .unsupported import explained
 
 SECONDS = 10.0  # gradients that would take longer are left out
 DROPOUT = (nn.Dropout, nn.Dropout2d, nn.Dropout3d)
@@ -53,13 +54,7 @@ def weights_of(batch: Batch) -> mx.array:
 def refused(policy: Policy, reason: str) -> UserError:
     """What stops a run: this model cannot be trained."""
     kind = policy.config.get("model_type")
-    return UserError(f"--model {policy.name}: a {kind} model cannot be trained here: {reason}")
-
-
-def said(error: Exception) -> str:
-    """An error's kind and its first line."""
-    text = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {text[0][:160]}" if text else type(error).__name__
+    return UserError(f"--model {policy.name}: {kind} models cannot be trained here: {explained(kind, reason)}")
 
 
 @contextmanager

@@ -142,15 +142,15 @@ def _tried(model: nn.Module, paths: list[str]) -> dict[str, str]:
     modules: dict[str, Any] = dict(model.named_modules())
     kind = getattr(model, "model_type", None) or type(model).__module__.rpartition(".")[2]
     rows = len(paths) + 1
-    why = {path: f"a {kind} model computes with the parts of this block and never calls it" for path in paths}
+    why = {path: f"{kind} models compute with the parts of this block and never call it" for path in paths}
 
     def turn(x: Any, i: int) -> Any:
         path = paths[i]
         if not isinstance(x, mx.array):
-            why[path] = f"a {kind} model's block gives a {type(x).__name__}, not one array"
+            why[path] = f"in {kind} models this block gives a {type(x).__name__}, not one array"
         elif x.ndim != 3 or x.shape[:2] != (rows, PROBE.size):
-            why[path] = f"a {kind} model's block gives an array {list(x.shape)} for {rows} texts of {PROBE.size} tokens"
-            why[path] += ": it has several residual streams, or none with one vector per token"
+            why[path] = f"in {kind} models this block gives an array {list(x.shape)} for {rows} texts of "
+            why[path] += f"{PROBE.size} tokens: it has several residual streams, or none with one vector per token"
         else:
             why.pop(path, None)
             return mx.where(mx.arange(rows)[:, None, None] == i + 1, -x[..., ::-1], x)
@@ -163,7 +163,7 @@ def _tried(model: nn.Module, paths: list[str]) -> dict[str, str]:
         answers: Any = moved[1:].tolist()
         for path, by in zip(paths, answers, strict=True):
             if by < 1e-3:  # rounding, which batches of several rows may bring
-                why.setdefault(path, f"what this block gives does not reach the logits of a {kind} model")
+                why.setdefault(path, f"in {kind} models what this block gives does not reach the logits")
     finally:
         for handle in handles:
             handle.remove()
@@ -203,13 +203,13 @@ def blocks(model: nn.Module) -> list[str]:
     return blocks_of(model)
 
 
-def hold(model: nn.Module, arrays: dict[str, mx.array], variants: int = 1) -> nn.Module:
+def hold(model: nn.Module, arrays: dict[str, mx.array], variants: int = 1, reach: int | None = None) -> nn.Module:
     """A holder of arrays for taps, part of `model.state` until `release`; neither trained nor saved.
 
-    variants: how many configurations these arrays have rows for; 1: the same for all.
+    variants: how many configurations these arrays have rows for; 1: the same for all. reach: see `reach`.
     """
-    holder = nn.Module()
-    holder.variants = variants  # pyright: ignore[reportAttributeAccessIssue]
+    holder: Any = nn.Module()
+    holder.variants, holder.reach = variants, reach
     for name, array in arrays.items():
         holder[name] = array
     model.setdefault(HELD, {})[f"h{id(holder)}"] = holder
@@ -220,6 +220,19 @@ def variants(model: nn.Module) -> int | None:
     """How many configurations rows can choose from; None: any number gives the same."""
     counts = [holder.variants for holder in model.get(HELD, {}).values() if holder.variants > 1]
     return min(counts, default=None)
+
+
+def reach(model: nn.Module) -> int | None:
+    """How many tokens before a prompt's end taps treat otherwise than if the prompt went on; None: none, nor any after.
+
+    A cache that is kept for a longer text must lose what was computed from there on.
+    """
+    return max((h.reach for h in model.get(HELD, {}).values() if h.reach is not None), default=None)
+
+
+def held(model: nn.Module) -> list[mx.array]:
+    """All arrays of its holders: other ones where taps have come or gone, or a number of theirs has changed."""
+    return [array for holder in model.get(HELD, {}).values() for array in holder.values()]
 
 
 def release(model: nn.Module, holder: nn.Module) -> None:

@@ -18,14 +18,14 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from . import adapter, checkpoint, config, data, drift, ends, fingerprint, guard, methods, optim, prepare, selfcheck
+from . import adapter, blas, checkpoint, config, data, drift, fingerprint, guard, methods, optim, prepare, selfcheck
 from .batch import LossOutput
 from .checkpoint import DiskFull
 from .errors import UserError
 from .estimate import estimate, facts
 from .feed import Feed
 from .groups import GroupFeed
-from .guard import Fault, Interrupted
+from .guard import Fault, Interrupted, interruptible
 from .policy import Policy
 from .prepare import Rows
 from .progress import Reporter, duration
@@ -50,7 +50,7 @@ def main(argv: list[str]) -> int:
             return 1
         except Interrupted as stop:
             reporter.fail(str(stop))
-            return ends.code(stop)
+            return 128 + stop.number
     return 0
 
 
@@ -88,7 +88,7 @@ def run(
         with reporter.waiting(f"loading {settings.model}"):
             policy = prepare.ready(policy, settings)
             checks = selfcheck.run(policy)
-        for line in (*policy.notes, *checks.notes, *methods.notes(module, own)):
+        for line in filter(blas.untold, (*policy.notes, *checks.notes, *methods.notes(module, own))):
             reporter.say(line)
         load = partial(data.load, tokenizer=policy.tokenizer, format=module.FORMAT, settings=settings)
         with reporter.waiting("reading the data"):
@@ -172,7 +172,7 @@ class Loop:
         save_every = self.settings.save_every or min(1000, max(1, self.steps // 20))
         eval_every = self.settings.eval_every or -(-self.feed.per_epoch // self.settings.gradient_accumulation)
         limit = self.drift.limit
-        with self.folder.metrics() as metrics, ends.noted(guard.STOPPING) as asked:
+        with self.folder.metrics() as metrics, interruptible() as asked:
             if not self.done and limit.keep(0, 0.0):
                 self.save()
             while not self.over():

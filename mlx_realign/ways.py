@@ -16,6 +16,7 @@ import numpy as np
 
 from . import taps
 from .decoding import Decoder, Row
+from .errors import said
 from .forward import shrunk_windows
 from .policy import Policy
 from .sampling import Sampling, numbers
@@ -70,8 +71,7 @@ def tried(policy: Policy, way: str) -> str | None:
             try:
                 policy.tried[way] = _judged(policy, _made(policy, way))
             except Exception as error:  # whatever an architecture raises, there is another way
-                said = str(error).strip().splitlines()
-                policy.tried[way] = f"{type(error).__name__}{f': {said[0][:160]}' if said else ''}"
+                policy.tried[way] = said(error)
     return policy.tried[way]
 
 

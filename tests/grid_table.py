@@ -11,6 +11,7 @@ The work folder is build/grid: one JSON per architecture.
 import json
 import sys
 import tempfile
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,8 @@ import mlx_realign  # noqa: F401  # before mlx: it loads a fast BLAS
 
 ROOT = Path(__file__).parent.parent
 PAGE, WORK = ROOT / "docs/models.md", ROOT / "build/grid"
-BEGIN, END = "<!-- made by tests/grid_table.py -->", "<!-- end -->"
+SUMMARY, TABLE = "<!-- counted by tests/grid_table.py -->", "<!-- made by tests/grid_table.py -->"
+END = "<!-- end -->"
 HEAD = ["model", "trains", "checkpointing", "rollout", "steering", "generated alone", "ablation", "worst"]
 # The cells of a column: all must be right.
 COLUMNS = {
@@ -57,6 +59,24 @@ def verdict(cells: list[Any]) -> tuple[str, str]:
     return ("yes", "") if cells and not wrong else ("**wrong**", f"off by {max(wrong, default=0):.0e}")
 
 
+def summary(found: dict[str, dict[str, Any]]) -> str:
+    """How many work in all columns, in some and in none; which; and the largest difference of all."""
+    kinds: dict[str, list[str]] = {"full": [], "part": [], "none": []}
+    worst, where = 0.0, "none"
+    for arch, one in found.items():
+        words = [_column(one, name)[0] for name in COLUMNS]
+        kinds["full" if set(words) == {"yes"} else "part" if "yes" in words else "none"].append(f"`{arch}`")
+        numbers = [cell for cell in one["cells"].values() if not isinstance(cell, str)]
+        if numbers and max(numbers) > worst:
+            worst, where = max(numbers), arch
+    full, part, none = kinds.values()
+    said = (
+        f"Of {len(found)} models {len(full)} work in every column, {len(part)} in some ({', '.join(part)}) and "
+        f"{len(none)} are refused ({', '.join(none)}). The largest difference is {worst:.0e} (`{where}`)."
+    )
+    return textwrap.fill(said, 120, break_on_hyphens=False)
+
+
 def table(found: dict[str, dict[str, Any]]) -> str:
     """A row per architecture, then the lines that rows refer to by number."""
     lines, reasons = [_row(HEAD), _row(["---"] * len(HEAD))], {}
@@ -68,17 +88,28 @@ def table(found: dict[str, dict[str, Any]]) -> str:
 
 def _cells(one: dict[str, Any], reasons: dict[str, int]) -> list[str]:
     said = []
-    for name, parts in COLUMNS.items():
-        word, line = verdict([one["cells"][part] for part in parts if part in one["cells"]])
+    for name in COLUMNS:
+        word, line = _column(one, name)
         if name == "trains" and word == "yes":
             word = one["way"]
             line = next((n for n in one["notes"] if n.startswith(("prompts are not", "only prompts"))), "")
-            line = line.rpartition(": ")[2] if "it raised" not in line else line[line.index("it raised") :]
+            line = line.partition(": ")[2]
         line = line.removeprefix("--model MODEL: ")
         number = f" ({reasons.setdefault(line, len(reasons) + 1)})" if line else ""
         said.append(word + number)
     numbers = [cell for cell in one["cells"].values() if not isinstance(cell, str)]
     return [*said, f"{max(numbers):.0e}" if numbers else "-"]
+
+
+def _column(one: dict[str, Any], name: str) -> tuple[str, str]:
+    return verdict([one["cells"][part] for part in COLUMNS[name] if part in one["cells"]])
+
+
+def put(text: str, begin: str, made: str) -> str:
+    """The page with what stands between a mark and the next end exchanged."""
+    before, mark, rest = text.partition(begin)
+    assert mark and END in rest, f"{PAGE} has no {begin}"
+    return f"{before}{begin}\n{made}\n{END}{rest.partition(END)[2]}"
 
 
 def _row(cells: list[str]) -> str:
@@ -94,8 +125,7 @@ def main(argv: list[str]) -> int:
         (WORK / f"{arch}.json").unlink(missing_ok=True)
     found = {arch: measured(arch) for arch in sorted(ARCHITECTURES, key=str.lower)}
     text = PAGE.read_text(encoding="utf-8")
-    before, _, rest = text.partition(BEGIN)
-    PAGE.write_text(f"{before}{BEGIN}\n{table(found)}\n{END}{rest.partition(END)[2]}", encoding="utf-8")
+    PAGE.write_text(put(put(text, SUMMARY, summary(found)), TABLE, table(found)), encoding="utf-8")
     every = [(arch, name, cell) for arch, one in found.items() for name, cell in one["cells"].items()]
     bad = [f"{arch}, {name}: {cell}" for arch, name, cell in every if _bad(cell)]
     print("\n".join(bad))

@@ -179,7 +179,7 @@ def test_a_run_has_it_when_asked_and_not_because_of_config_json(
 
 
 def test_asked_of_a_model_without_experts_it_is_an_error(tiny_model_dir: Path, tmp_path: Path):
-    with pytest.raises(UserError, match="^--router-aux-loss-coef 0.01: a llama model has no experts to balance"):
+    with pytest.raises(UserError, match="^--router-aux-loss-coef 0.01: llama models have no experts to balance"):
         trained(tiny_model_dir, tmp_path, router_aux_loss_coef=0.01)
 
 

@@ -5,6 +5,7 @@ import json
 import os
 import platform
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -13,8 +14,9 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_realign import blas, elf
+from mlx_realign import blas, cli, elf
 from mlx_realign.policy import Policy
+from mlx_realign.train import train
 
 pytestmark = [
     pytest.mark.skipif(platform.system() != "Linux", reason="MLX brings a fast BLAS on macOS"),
@@ -83,7 +85,7 @@ def run(code: str, **variables: str) -> str:
 
 MULTIPLY = """
 import mlx_realign, mlx.core as mx
-from mlx_realign import blas, elf
+from mlx_realign import blas, cli, elf
 a = mx.arange(6.0).reshape(2, 3)
 print((a @ a.T).tolist(), blas.in_use().path, "|", blas.in_use().line())
 """
@@ -132,10 +134,51 @@ def test_without_any_mlx_computes_by_itself_and_says_what_to_install(monkeypatch
     monkeypatch.setattr(blas, "candidates", lambda: iter(()))
     monkeypatch.setattr(blas, "_in_use", blas.InUse("", "", None, "", ()))
     assert blas.load_fast_blas().library is None
-    [line] = [note for note in Policy.load("tiny-chat").notes if "BLAS" in note]
+    monkeypatch.setattr(blas, "warned", "")
+    with pytest.warns(UserWarning, match="BLAS") as told:
+        policies = [Policy.load("tiny-chat") for _ in range(2)]
+    assert told[0].filename == __file__
+    [line] = [note for note in policies[0].notes if "BLAS" in note]
+    assert [str(one.message) for one in told] == [line] and line in policies[1].notes  # told once
     assert "MLX's own" in line and "pip install 'mlx-realign[cpu]'" in line
     blas.set_threads(1)  # nothing to set, nothing raised
     assert blas.threads() is None
+
+
+def test_a_command_tells_it_among_its_notes_and_nowhere_else(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], recwarn: pytest.WarningsRecorder
+) -> None:
+    monkeypatch.setattr(blas, "warned", "")
+    monkeypatch.setattr(blas, "_in_use", blas.in_use()._replace(rejected=("it does not end",)))
+    words = ["--model", "tiny-chat", "--prompt", "Hi", "--max-new-tokens", "1"]
+    assert cli.entry(["generate", *words]) == 0
+    assert capsys.readouterr().err.count("it does not end") == 1
+    assert not [one for one in recwarn if "BLAS" in str(one.message)] and not blas.warned
+
+
+def test_a_run_from_python_does_not_tell_it_a_second_time(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(blas, "warned", "")
+    monkeypatch.setattr(blas, "_in_use", blas.in_use()._replace(rejected=("it does not end",)))
+    with pytest.warns(UserWarning, match="it does not end"):
+        train(method="sft", model="tiny-chat", data=[{"prompt": "Hi", "completion": "Yes."}], dry_run=True)
+    captured = capsys.readouterr()
+    assert "it does not end" not in captured.err + captured.out
+
+
+def test_a_long_proof_says_so_and_ctrl_c_ends_it_in_one_line(libraries: dict[str, str]) -> None:
+    command = [sys.executable, "-m", "mlx_realign.generate", "--help"]
+    variables = os.environ | {"MLX_REALIGN_BLAS": libraries["hanging"]}
+    asked = subprocess.Popen(command, env=variables, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert asked.stderr
+    said = asked.stderr.readline()
+    assert said == f"BLAS: proving {libraries['hanging']} in a process of its own, once per machine: up to 30 s ...\n"
+    [child] = Path(f"/proc/{asked.pid}/task/{asked.pid}/children").read_text().split()
+    asked.send_signal(signal.SIGINT)  # to it alone: a terminal would tell the child too
+    output, errors = asked.communicate(timeout=20)
+    assert (asked.returncode, output, errors) == (130, "", "interrupted\n")
+    assert not Path(f"/proc/{child}").exists()
 
 
 def test_plainer_kernels_serve_where_those_of_the_processor_fail(

@@ -4,6 +4,7 @@
 Here those that stand for a kind; the others are slow. docs/models.md says the same.
 """
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -27,15 +28,15 @@ REFUSED: dict[str, dict[str, str]] = {
     "gear": {"all": "its tokenizer cannot be read"},  # transformers does not take its kinds of layers
     "gemma3n": {"all": "Gemma 3n is not supported"},
     "iquestloopcoder": {
-        "gradient, checkpointed": "computes with the parts of its layers",
-        **dict.fromkeys(["steering", "steering, generated", "ablation"], "never calls it"),
+        "gradient, checkpointed": "compute with the parts of their layers",
+        **dict.fromkeys(["steering", "steering, generated", "ablation"], "never call it"),
     },
     "kimi_k3": {"gradient, checkpointed": "gradient checkpointing is off"},  # blocks that keep what others gave
     "longcat_flash": {"ablation": "by ways that are not known"},
     "longcat_flash_ngram": {"ablation": "by ways that are not known"},
     "muse_spark": {"all": METAL},
     "olmo": {"all": "ai2-olmo"},
-    "phi3small": {"all": "rows of a batch are not what mlx-lm gives"},  # there, tokens see those that come after them
+    "phi3small": {"all": "Phi-3-small is not supported"},
     "prism_hadamard_qwen35": {"ablation": "by ways that are not known"},  # layers of a kind of its own
     "recurrent_gemma": {"all": "_no_grad"},
     "rwkv7": {"ablation": "by ways that are not known"},  # its first block norms the stream itself
@@ -93,3 +94,21 @@ def test_the_page_has_a_row_for_every_model_file_of_mlx_lm():
     assert set(files) <= set(ARCHITECTURES), "grid_configs.toml has no config of these"
     assert set(rows) == set(ARCHITECTURES), "make the table again: python tests/grid_table.py"
     assert set(REFUSED) <= set(ARCHITECTURES)
+
+
+def test_the_page_counts_its_own_rows_and_speaks_in_sentences():
+    text, rows = PAGE.read_text(encoding="utf-8"), found_in(PAGE)
+    refused = sum(row["worst"] == "-" for row in rows.values())
+    some = sum(row["worst"] != "-" and any(cell.startswith("no") for cell in row.values()) for row in rows.values())
+    top = " ".join(text.partition("- **trains**")[0].split())
+    assert f"Of {len(rows)} models {len(rows) - some - refused} work in every column, {some} in some (" in top
+    assert f") and {refused} are refused (" in top
+    assert f"The largest difference is {max(float(r['worst']) for r in rows.values() if r['worst'] != '-'):.0e} " in top
+    notes = re.findall(r"^\d+\. (.*)", text, re.M)
+    assert len(notes) > 10
+    for note in notes:
+        for error in re.finditer(r"\b\w+Error: ", note):
+            before = note[: error.start()]
+            assert before.count("(") > before.count(")"), f"an error without words: {note}"
+        assert not re.search(r"\b[Aa] [aeiou]\w+ model|\binf\b", note), note
+        assert note.count("'") % 2 == 0 or "'s " in note, f"cut: {note}"

@@ -16,6 +16,7 @@ from policy_tools import make_model, make_policy
 from test_kernels import on_cpu
 
 from mlx_realign import adapter, forward, kernels, taps
+from mlx_realign.errors import UserError
 from mlx_realign.kernels import attention, swiglu
 from mlx_realign.kernels.switch import Switch
 
@@ -163,20 +164,35 @@ def test_two_policies_have_a_switch_each(monkeypatch: pytest.MonkeyPatch):
     assert calls
 
 
-def test_a_second_switch_over_a_model_takes_its_turn(monkeypatch: pytest.MonkeyPatch):
+def test_a_second_switch_over_a_model_closes_the_first(monkeypatch: pytest.MonkeyPatch):
     calls = counted(monkeypatch)
-    model = make_model("llama")
+    model, stock = make_model("llama"), make_model("llama")
     first, second = kernels.install(model), kernels.install(model)
-    for first.on, second.on in ((True, True), (False, True), (True, False)):
+    assert first.closed
+    for second.on in (True, False):
         calls.clear()
         model(TOKENS)
         assert bool(calls) == second.on
-    second.close()
-    calls.clear()
-    model(TOKENS)
-    assert calls
+    for switch in (first, second):
+        switch.close()
+    assert [type(m) for m in model.modules()] == [type(m) for m in stock.modules()]
+
+
+def test_a_model_serves_one_policy_at_a_time():
+    """Two would train and switch the same modules; one that was closed, or that nobody holds any more, is in no way."""
+    model = make_model("llama")
+    first = make_policy(model, rank=0)
+    with pytest.raises(UserError, match=r"serves the policy 'tiny' already.*close\(\)"):
+        make_policy(model, rank=0)
+    assert not first.kernels.closed and type(layers(model)[0].self_attn) is not llama.Attention
     first.close()
-    assert type(layers(model)[0].self_attn) is llama.Attention
+    second = make_policy(model, rank=0)
+    second.itself = second  # pyright: ignore[reportAttributeAccessIssue]  # in a cycle
+    del second
+    with make_policy(model, rank=0):
+        first.close()
+        assert type(layers(model)[0].self_attn) is not llama.Attention
+    assert not [m for m in model.modules() if "switched_from" in vars(type(m))]
 
 
 def test_closing_a_policy_gives_the_model_back():

@@ -23,7 +23,20 @@ LAYERS = [
     {"kernels"},
     {"config", "losses", "advantages", "policy_gradient", "policy_terms", "sampling", "directions", "steerability"}
     | {"adapter", "arguments", "distributions", "fingerprint", "intervals"},
-    {"loading", "head", "balance", "taps", "forward", "policy", "decoding", "stepping", "ways", "rollout", "capture"}
+    {
+        "loading",
+        "unsupported",
+        "head",
+        "balance",
+        "taps",
+        "forward",
+        "policy",
+        "decoding",
+        "stepping",
+        "ways",
+        "rollout",
+        "capture",
+    }
     | {"bench", "writers", "vectors", "gguf_vectors", "verifiers", "data"},
     {"methods", "preference", "steering", "ablation"},
 ]
@@ -39,8 +52,8 @@ def module_of(path: Path) -> str:
 
 
 def room(module: str) -> str:
-    """Files that share a room: adapter, adapter_files, adapter_layers ... count as one module."""
-    return "adapter" if module.startswith("adapter_") else module
+    """Files that share a room (adapter, adapter_files, adapter_layers ...; arguments ...) count as one module."""
+    return next((one for one in ("adapter", "arguments") if module.startswith(f"{one}_")), module)
 
 
 def layer(module: str) -> int:

@@ -289,3 +289,18 @@ def test_gemma_3n_is_refused_for_as_long_as_it_has_two_answers(folder: Path):
     save_model(folder, model)
     (folder / "config.json").write_text(json.dumps(config))
     assert "Gemma 3n is not supported" in refusal(folder)
+
+
+def test_phi_3_small_is_refused_for_as_long_as_its_tokens_see_later_ones(folder: Path):
+    from mlx_lm.models import phi3small
+
+    sizes = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    rest = {"ff_intermediate_size": 128, "gegelu_limit": 20.0, "layer_norm_epsilon": 1e-5, "vocab_size": 100352}
+    config = {"model_type": "phi3small", **sizes, **rest, "dense_attention_every_n_layers": 2}
+    mx.random.seed(0)
+    model = phi3small.Model(phi3small.ModelArgs.from_dict(config))
+    first, other = (model(mx.array([[5, 6, 7, last]]))[0, 0, :100] for last in (8, 9))
+    assert mx.abs(first - other).max() > 1e-3, "in mlx-lm a token sees those before it alone now: let phi3small in"
+    save_model(folder, model)
+    (folder / "config.json").write_text(json.dumps(config))
+    assert "Phi-3-small is not supported" in refusal(folder)

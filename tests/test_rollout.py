@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from policy_tools import ALL, speaking
 
-from mlx_realign import adapter, data, decoding, rollout
+from mlx_realign import adapter, data, decoding, generate, rollout
 from mlx_realign.batch import Completion, Example
+from mlx_realign.errors import UserError
 from mlx_realign.policy import Policy
 from mlx_realign.sampling import Sampling
 
@@ -77,6 +78,25 @@ def test_a_seed_gives_the_same_text_whatever_is_generated_with_it(any_policy):
     assert [one.tokens.tolist() for one in first[0]] == [one.tokens.tolist() for one in once[0]]
     other = rollout.rollout(any_policy, TOKENS[:1], asked, group_size=4, seed=10)
     assert [one.tokens.tolist() for one in first[0]] != [one.tokens.tolist() for one in other[0]]
+
+
+@pytest.mark.parametrize(
+    ("ask", "expected"),
+    [
+        (lambda p: rollout.rollout(p, [[3], []], Sampling()), "rollout: prompts[1] is empty"),
+        (lambda p: rollout.rollout(p, [np.zeros(0, np.int32)], Sampling()), "rollout: prompts[0] is empty"),
+        (lambda p: rollout.rollout(p, [[3]], Sampling(), rows=0), "rollout: rows must be at least 1, got 0."),
+        (lambda p: rollout.rollout(p, [[3]], Sampling(), group_size=0), "group_size must be at least 1, got 0."),
+        (lambda p: rollout.rollout(p, [], Sampling(), group_size=-2), "group_size must be at least 1, got -2."),
+        (lambda p: rollout.complete(p, ["Hi"], batch_size=0), "complete: batch_size must be at least 1, got 0."),
+        (lambda p: next(generate.Session(p, generate.Settings(model="")).stream([])), "generate: the prompt is empty"),
+        (lambda p: generate.Session(p, generate.Settings(model="", max_new_tokens=0)), "--max-new-tokens must be at"),
+    ],
+)
+def test_what_cannot_be_generated_is_said_in_one_line(policy, ask, expected):
+    with pytest.raises(UserError) as error:
+        ask(policy)
+    assert expected in str(error.value) and len(str(error.value).splitlines()) == 1
 
 
 def test_a_model_whose_attention_cannot_be_grouped_generates_the_same(any_policy):

@@ -138,7 +138,7 @@ def test_architectures_without_such_a_bias_are_told_so(tmp_path, capsys, arch):
     source = write_model_folder(tmp_path / "model", arch)
     path = write_direction(tmp_path / "d.safetensors", Policy.load(str(source)), [1])
     told = refused(capsys, "export", "--steer", path, "--to", "mlx-lm", "--output", tmp_path / "out")
-    assert f"a {arch} model has no bias that arrives behind block 1 unchanged" in told and "\n" not in told
+    assert f"{arch} models have no bias that arrives behind block 1 unchanged" in told and "\n" not in told
     assert not (tmp_path / "out").exists()
 
 

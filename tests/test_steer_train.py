@@ -13,7 +13,7 @@ from train_tools import Run, launch, pair_rows, sft_rows, write_rows
 from mlx_realign import capture, config, train, vectors
 from mlx_realign.errors import UserError
 from mlx_realign.policy import Policy
-from mlx_realign.steering import steer
+from mlx_realign.steering import Steer, steer
 from mlx_realign.steering.train_with import TrainWith
 from mlx_realign.vectors import About, Direction
 
@@ -99,6 +99,27 @@ def test_a_compiled_step_follows_it_on_and_off_without_a_new_trace(direction):
     assert gap(plain[1], plain[0]) < 1e-4 > gap(steered[1], steered[0])
     assert gap(plain[1], steered[1]) > 0.05
     assert gap(compiled.gradients(batch, loss)[1], plain[0]) < 1e-4
+
+
+def test_a_compiled_step_made_before_follows_what_comes_on_and_outlives_what_is_refused(direction):
+    """Steered, twice over, refused while it is traced, and bare again: always the gradients of an eager policy."""
+    batch, loss = make_batch([(5, [4, 3]), (3, [6])]), weighed()
+    eager, compiled = (make_policy(make_model("llama", num_hidden_layers=1), rank=1) for _ in range(2))
+    compiled.compile()
+    vector = vectors.load(direction).vectors[0]
+    on = Steer(Direction({0: vector}), 0.5)
+    more = Steer(Direction({0: vector[::-1]}), 0.5, operator="ablate", positions="generated")
+    alike = lambda: gap(compiled.gradients(batch, loss)[1], eager.gradients(batch, loss)[1])  # noqa: E731
+    assert alike() < 1e-4
+    for steers in ([on], [on, more], [more]):
+        with steer(eager, *steers), steer(compiled, *steers):
+            assert alike() < 1e-4
+    for _ in range(2):
+        with steer(compiled, Steer(Direction({0: vector[:5]}))):
+            for _ in range(2):
+                with pytest.raises(UserError, match="another model's"):
+                    compiled.gradients(batch, loss)
+        assert alike() < 1e-4
 
 
 def test_the_policy_is_left_as_it_was(tiny_model_dir, direction, monkeypatch, tmp_path):

@@ -79,11 +79,11 @@ def test_a_model_that_never_calls_its_blocks_is_refused_in_one_line():
         lambda: capture.collect(policy, [[1, 2]]),
         lambda: writers.find(policy),
     ):
-        with pytest.raises(UserError, match=r"^model\.layers\.\d: a iquestloopcoder model computes with the parts"):
+        with pytest.raises(UserError, match=r"^model\.layers\.\d: iquestloopcoder models compute with the parts"):
             attempt()
     forward.checkpoint_layers(policy.model)
     told = selfcheck.run(policy).notes
-    assert any(note.startswith("gradient checkpointing is off: a iquestloopcoder model") for note in told)
+    assert any(note.startswith("gradient checkpointing is off: iquestloopcoder models ") for note in told)
 
 
 class Lost(nn.Module):
@@ -120,7 +120,7 @@ class Doubling(nn.Module):
 
 def test_a_block_whose_output_goes_nowhere_is_refused_and_the_others_are_not():
     model = Lost(make_model("llama"))
-    with pytest.raises(UserError, match=r"layers\.0: what this block gives does not reach the logits of a lost model"):
+    with pytest.raises(UserError, match=r"layers\.0: in lost models what this block gives does not reach the logits"):
         taps.put(model, "model.layers.0", lambda x, _: x)
     with pytest.raises(UserError, match="does not reach"):  # nor does a layer in it
         taps.put(model, "model.layers.0.mlp.down_proj", lambda x, _: x)

@@ -151,6 +151,16 @@ def test_a_way_that_is_wrong_is_not_taken(kind, broken, monkeypatch):
     check(policy, rollout.rollout(policy, TOKENS, asked, group_size=2, seed=1, rows=3))
 
 
+def test_a_closed_policy_copies_prompts_and_says_why(monkeypatch):
+    policy = policy_of("llama", monkeypatch)
+    assert ways.check(policy) == ("grouped", None)
+    policy.close()
+    reason = "a prompt's keys and values are copied to each of its rollouts: the policy is closed, and mlx-lm's own"
+    check(policy, rollout.rollout(policy, TOKENS, Sampling(max_new_tokens=8), group_size=2, seed=1))
+    assert [note for note in policy.notes if "copied" in note] == [f"{reason} attention runs"]
+    assert set(policy.tried) == {"grouped", "copied"} and not policy.groups_rows
+
+
 @pytest.mark.parametrize("kind", [*KINDS, "uncached"])
 def test_a_chat_goes_on_from_its_cache_or_begins_anew_and_is_right_either_way(kind, monkeypatch, tiny_model_dir):
     """A turn that goes on, one that takes back the last words, one that takes back more than a chunk holds."""

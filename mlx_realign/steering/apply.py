@@ -141,7 +141,7 @@ class Steering:
         if prompt_length is not None:
             lengths = np.atleast_1d(np.array(prompt_length, np.int32))
             arrays["prompt"] = mx.array(lengths - 1)
-        self.holder = taps.hold(model, arrays | {"form": self._form()}, self.count)
+        self.holder = taps.hold(model, arrays | {"form": self._form()}, self.count, self._reach())
         self._now = threading.local()
         self.handles = [
             taps.put(model, paths[max(block, 0)], self._tap(block), before=block < 0) for block in self.blocks
@@ -181,6 +181,7 @@ class Steering:
             slot.steers[i] = new
         for slot in {id(slot): slot for slot, _, _ in touched}.values():
             self._write(slot)
+        self.holder.reach = self._reach()
 
     def off(self) -> None:
         """All coefficients 0: the base model, bit for bit, in the same trace."""
@@ -213,6 +214,11 @@ class Steering:
 
     def _tapped(self, slot: Slot) -> list[int]:
         return [*slot.blocks, *([slot.condition.block] if slot.conditioned else [])]
+
+    def _reach(self) -> int | None:
+        """Of all its steers, as `taps.reach` has it."""
+        found = [one.reach for slot in self.slots for one in slot.steers if one and one.reach is not None]
+        return max(found, default=None)
 
     def _form(self) -> mx.array:
         """An empty array whose shape tells one set of operations from another, and so a compiled step of one from

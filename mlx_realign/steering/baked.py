@@ -71,7 +71,7 @@ def bias_folder(
         return with_linked(policy, biases, flag, output, copy)
     kind = config.get("model_type")
     raise UserError(
-        f"--to mlx-lm: a {kind} model has no bias that arrives behind block {min(added)} unchanged, so stock mlx-lm "
+        f"--to mlx-lm: {kind} models have no bias that arrives behind block {min(added)} unchanged, so stock mlx-lm "
         "cannot add a vector there. --blocks -1 can be said as an adapter, or run it with `mlx-realign steer generate`."
     )
 

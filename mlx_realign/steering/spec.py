@@ -111,6 +111,15 @@ class Steer:
         condition = self.condition and self.condition.kind
         return self.operator, found is not None, exact, counted, self.schedule.kind != "constant", condition
 
+    @property
+    def reach(self) -> int | None:
+        """As `taps.reach` has it; a gate is decided anew for each prompt, with nothing kept of the one before."""
+        if self.condition:
+            return where.FAR
+        found = where.window(self.positions)
+        behind = 0 if self.schedule.kind != "constant" else None
+        return max((at for at in (behind, found and found.reach) if at is not None), default=None)
+
     def numbers(self, block: int) -> dict[str, np.ndarray]:
         """What the operator needs at a block: float32 vectors [1, d] and numbers [1, 1], by its arguments' names."""
         made = {

@@ -35,6 +35,12 @@ class Window(NamedTuple):
         """Whether it needs to know more of the prompt's end than on which side of it a token is."""
         return (self.start_from_end and self.start != 0) or (self.stop_from_end and self.stop != 0)
 
+    @property
+    def reach(self) -> int | None:
+        """How many tokens before the prompt's end it tells from those of a longer prompt; None: no token at all."""
+        ends = [-at for at, counted in ((self.start, self.start_from_end), (self.stop, self.stop_from_end)) if counted]
+        return max(ends, default=None)
+
 
 def window(text: str) -> Window | None:
     """Of all | prompt | generated | last | start:stop; None for all. UserError for anything else.
