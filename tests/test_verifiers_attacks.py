@@ -17,6 +17,7 @@ from typing import NamedTuple
 import pytest
 import verifier_attacks
 from verifier_attacks import Attack, Target
+from verifier_tools import children
 
 from mlx_realign.verifiers import Pool, names, sandbox
 
@@ -76,12 +77,6 @@ def scene(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scene]:
         yield Scene(canary, listener, datagrams, children())
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(SUBREAPER, 0, 0, 0, 0)
-
-
-def children() -> set[int]:
-    """Processes whose parent is this one."""
-    lists = [path.read_text() for path in Path("/proc/self/task").glob("*/children")]
-    return {int(word) for text in lists for word in text.split()}
 
 
 def left_behind(before: set[int]) -> set[int]:

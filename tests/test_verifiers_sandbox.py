@@ -10,12 +10,14 @@ import time
 from pathlib import Path
 
 import pytest
+import verifier_tools
 
 from mlx_realign.verifiers import code, sandbox
 from mlx_realign.verifiers.answers import Refused
 
 ADD = "def add(a, b):\n    return a + b\n"
 LINUX = sys.platform == "linux"
+each_way = verifier_tools.each_way
 
 
 def score(program: str, *tests: object, **row: object) -> float | str | None:
@@ -24,20 +26,6 @@ def score(program: str, *tests: object, **row: object) -> float | str | None:
         return code.verify(f"```python\n{program}\n```", {"tests": list(tests), **row})
     except Refused as refused:
         return refused.reason
-
-
-@pytest.fixture(params=["root", "user", "calls"] if LINUX else ["seatbelt"])
-def each_way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Every way of confining that this machine has, one after the other."""
-    if request.param not in sandbox.candidates():
-        pytest.skip("for the other kind of user")
-    monkeypatch.setattr(sandbox, "candidates", lambda: (request.param,))
-    monkeypatch.setattr(sandbox, "route", sandbox.route.__wrapped__)
-    if sandbox.isolation() is None:
-        pytest.skip(sandbox.route().why)
-    found = sandbox.route()
-    monkeypatch.setattr(sandbox, "route", lambda: found)
-    return request.param
 
 
 ECHO = """
