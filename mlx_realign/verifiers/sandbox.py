@@ -35,7 +35,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
-from . import sandbox_child
+from . import sandbox_child, sandbox_play
 
 UNSAFE = "MLX_REALIGN_UNSAFE_CODE"
 START_S = 5.0  # for a sandbox to be there
@@ -84,7 +84,7 @@ class Limits(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """Of one question. `status` is "ok" or what went wrong: one of sandbox_child.STATUSES."""
+    """Of one question. `status` is "ok" or what went wrong: one of sandbox_play.STATUSES."""
 
     status: str
     output: bytes = b""
@@ -158,7 +158,8 @@ def program(code: str, limits: Limits = Limits()) -> Iterator[Ask]:  # noqa: B00
 @contextlib.contextmanager
 def _child(name: str, code: str, limits: Limits) -> Iterator[tuple[str, Ask]]:
     """A sandbox by that route: (what it is made of, ask)."""
-    folder = tempfile.mkdtemp(prefix="realign-code-")  # of a name that nobody can know, for its owner alone
+    # Linux needs no folder, and a worker that is killed leaves none: the new root is mounted where /proc was.
+    folder = "/proc" if name in ("root", "user", "calls") else tempfile.mkdtemp(prefix="realign-code-")
     try:
         process = _started()
         try:
@@ -166,14 +167,13 @@ def _child(name: str, code: str, limits: Limits) -> Iterator[tuple[str, Ask]]:
             hello = _heard(process, time.monotonic() + START_S, 10_000).decode(errors="replace")
             if hello.startswith("!"):
                 raise OSError(hello[1:])
-            if name in ("root", "user", "calls"):
-                _remove(folder)  # it was a place to mount something at; now a killed worker leaves nothing behind
             # A busy machine starts a sandbox late; that is not the program's time.
             yield hello, functools.partial(_ask, process, time.monotonic() + limits.total_s, limits, [])
         finally:
             _end(process)
     finally:
-        _remove(folder)
+        if folder != "/proc":
+            sandbox_child.remove(folder)
 
 
 def _started() -> subprocess.Popen[bytes]:
@@ -204,7 +204,7 @@ def _ask(
         status, output, result = struct.unpack_from(">BII", reply)
         if 9 + output + result != len(reply):
             raise ValueError("a reply of another length")
-        return Outcome(sandbox_child.STATUSES[status], reply[9 : 9 + output], reply[9 + output :])
+        return Outcome(sandbox_play.STATUSES[status], reply[9 : 9 + output], reply[9 + output :])
     except TimeoutError:
         over.append("timeout")
     except (OSError, ValueError, IndexError, struct.error):
@@ -256,16 +256,6 @@ def _end(process: subprocess.Popen[bytes]) -> None:
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
         process.stdout.close()
-
-
-def _remove(folder: str) -> None:
-    """The folder, empty on Linux; elsewhere a program may have written into it."""
-    try:
-        os.rmdir(folder)
-    except FileNotFoundError:
-        return
-    except OSError:
-        sandbox_child.remove(folder)
 
 
 def _probe(name: str) -> str:

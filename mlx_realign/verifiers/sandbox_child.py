@@ -10,8 +10,8 @@ compared elsewhere.
 
     request   marshal: (mode, text, seconds); mode "stdin" runs the program as a script with `text` as its input,
               "call" evaluates the expression `text` after it, "assert" runs the statement `text` after it
-    reply     ">BII": index into STATUSES, bytes of output, bytes of result; then both. The result is a value as
-              JSON, see sandbox_values
+    reply     ">BII": index into sandbox_play.STATUSES, bytes of output, bytes of result; then both. The result is
+              a value as JSON, see sandbox_play.encode
 """
 
 import contextlib
@@ -27,10 +27,8 @@ import time
 from collections.abc import Callable
 from typing import Any, NamedTuple, NoReturn
 
-from .sandbox_values import PARTS, encode
+from .sandbox_play import DIED, MEMORY, OK, OUTPUT, RAISED, RESULT, SYNTAX, TIMEOUT, UNCONFINED, encode, play, write
 
-STATUSES = ("ok", "raised", "timeout", "memory", "output", "died", "syntax", "unconfined")
-OK, RAISED, TIMEOUT, MEMORY, OUTPUT, DIED, SYNTAX, UNCONFINED = range(8)
 # Loaded before isolation when a line of the program that imports names them, once for all tests. Where files cannot be
 # opened at all (route "calls") these are the modules a program can import.
 MODULES = """__future__ abc array ast asyncio atexit base64 binascii bisect builtins calendar cmath codecs collections
@@ -39,7 +37,7 @@ enum errno fractions functools gc graphlib hashlib heapq html inspect io itertoo
 numbers operator os pickle platform pprint queue random re secrets select selectors shlex signal socket statistics
 string struct subprocess sys tempfile textwrap threading time timeit traceback types typing unicodedata unittest
 urllib.parse uuid warnings weakref zlib""".split()
-RESULT, ALIVE = 3, 4  # descriptors in a test's process, after the usual three
+ALIVE = RESULT + 1  # the last descriptor in a test's process
 RESULT_BYTES = 1 << 18
 THREADS = 128  # of one test, where they can be counted
 NOBODY = 65534
@@ -135,12 +133,6 @@ def send(message: bytes) -> None:
         write(1, struct.pack(">I", len(message)) + message)
     except OSError:
         _exit(1)
-
-
-def write(file: int, data: bytes) -> None:
-    """All of it."""
-    while data:
-        data = data[os.write(file, data) :]
 
 
 def load_modules(code: str) -> None:
@@ -342,55 +334,3 @@ def remove(folder: str) -> None:
                     with contextlib.suppress(OSError):
                         os.chmod(path, 0o700)
         shutil.rmtree(folder, ignore_errors=True)
-
-
-def play(code: str, mode: str, text: str) -> int:
-    """Run the program and the test in it: the exit code. What the program does to this code spoils its answer alone."""
-    name = "__main__" if mode == "stdin" else "solution"
-    module = type(sys)(name)
-    sys.modules[name] = module
-    sys.argv = ["solution.py"]
-    sys.stdin = sys.__stdin__ = open(0, encoding="utf-8", closefd=False)
-    sys.stdout = sys.__stdout__ = open(1, "w", encoding="utf-8", closefd=False)
-    sys.stderr = sys.__stderr__ = open(2, "w", encoding="utf-8", errors="replace", closefd=False)
-    try:
-        program = compile(code, "solution.py", "exec", dont_inherit=True)
-    except MemoryError:
-        return MEMORY
-    except (SyntaxError, ValueError, RecursionError, OverflowError):
-        return SYNTAX
-    try:
-        return play_compiled(program, module.__dict__, mode, text)
-    except MemoryError:
-        return MEMORY
-    except BaseException:
-        return RAISED
-
-
-def play_compiled(program: Any, names: dict[str, Any], mode: str, text: str) -> int:
-    """Run it, then what the mode asks for. Ending early is an end for a script and no answer to a call."""
-    try:
-        exec(program, names)
-        if mode == "call":
-            write(RESULT, encode(eval(compile(text, "test", "eval", dont_inherit=True), names), [PARTS]).encode())
-        elif mode == "assert":
-            exec(compile(text, "test", "exec", dont_inherit=True), names)
-            write(RESULT, b"true")
-        else:
-            end_of_script()
-    except SystemExit as stop:
-        if mode != "stdin" or stop.code not in (None, 0):
-            return RAISED
-        end_of_script()
-    return OK
-
-
-def end_of_script() -> None:
-    """What an interpreter does at its end: wait for threads, run what was registered, write what is buffered."""
-    import atexit
-
-    threads = sys.modules.get("threading")
-    if threads:
-        threads._shutdown()
-    atexit._run_exitfuncs()
-    sys.stdout.flush()

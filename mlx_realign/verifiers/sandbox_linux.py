@@ -137,8 +137,8 @@ def drop_privileges() -> None:
 def namespaces(folder: str, as_user: bool) -> None:
     """Network, files, IPC of its own. What is left of the privileges is what `alone` needs.
 
-    `folder` is any empty folder, used as a mount point that only this process sees. `as_user` makes a user namespace
-    first, in which an ordinary user may do this; without it the caller must be root.
+    `folder` is any folder that is needed no more, used as a mount point that only this process sees. `as_user` makes a
+    user namespace first, in which an ordinary user may do this; without it the caller must be root.
     """
     own = NEWNS | NEWUTS | NEWIPC | NEWNET
     if as_user:
