@@ -278,6 +278,15 @@ def test_66_hanging_at_once_are_all_timed_out_and_leave_nothing(tmp_path: Path, 
     assert not list(tmp_path.iterdir())
 
 
+@linux
+def test_a_sandbox_that_does_not_start_in_time_is_a_timeout(each_way: str, monkeypatch: pytest.MonkeyPatch):
+    before = held(), verifier_tools.children()
+    monkeypatch.setattr(sandbox, "START_S", 0.001)
+    with pytest.raises(Refused, match="timeout"):
+        code.verify("```python\nprint(1)\n```", {"tests": [{"input": "", "output": "1"}]})
+    assert (held(), verifier_tools.children()) == before
+
+
 def held() -> int:
     """Descriptors of this process."""
     folder = Path("/proc/self/fd" if sys.platform == "linux" else "/dev/fd")
