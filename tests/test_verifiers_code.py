@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from mlx_realign.verifiers import Refused, code, code_tests, sandbox, sandbox_child
+from mlx_realign.verifiers import Refused, code, code_tests, sandbox, sandbox_play
 
 ADD = "def add(a, b):\n    return a + b\n"
 LINUX = sys.platform == "linux"
@@ -157,7 +157,7 @@ SAME = [  # value, expected, equal as JSON, equal as Python
 
 @pytest.mark.parametrize(("value", "expected", "as_json", "as_python"), SAME, ids=lambda x: repr(x).split(" at ")[0])
 def test_values_are_compared_outside_by_what_they_are(value: object, expected: object, as_json: bool, as_python: bool):
-    sent = json.loads(sandbox_child.encode(value, [1000]))
+    sent = json.loads(sandbox_play.encode(value, [1000]))
     try:
         found = [code_tests.same(sent, expected, how) for how in (True, False)]
     except TypeError:  # a key that is no JSON key
@@ -171,20 +171,20 @@ def test_the_subclasses_of_builtin_types_arrive_as_those():
     from enum import IntEnum
 
     values = Counter("aab"), OrderedDict(a=2, b=1), defaultdict(int, a=2, b=1)
-    assert all(code_tests.same(json.loads(sandbox_child.encode(x, [100])), {"a": 2, "b": 1}, False) for x in values)
-    assert sandbox_child.encode(namedtuple("P", "x y")(1, 2), [10]) == '["t",1,2]'
-    assert sandbox_child.encode(IntEnum("E", "one two")(2), [10]) == "2"
+    assert all(code_tests.same(json.loads(sandbox_play.encode(x, [100])), {"a": 2, "b": 1}, False) for x in values)
+    assert sandbox_play.encode(namedtuple("P", "x y")(1, 2), [10]) == '["t",1,2]'
+    assert sandbox_play.encode(IntEnum("E", "one two")(2), [10]) == "2"
 
 
 def test_endless_values_end():
     loop: list[object] = []
     loop.append(loop)
-    assert sandbox_child.encode(loop, [1000]).count("[") == sandbox_child.DEEPEST + 1
+    assert sandbox_play.encode(loop, [1000]).count("[") == sandbox_play.DEEPEST + 1
     wide: list[object] = []
     for _ in range(50):
         wide = [wide, wide]
     with pytest.raises(OverflowError):
-        sandbox_child.encode(wide, [1000])
+        sandbox_play.encode(wide, [1000])
 
 
 @pytest.mark.parametrize(
@@ -284,7 +284,7 @@ def test_scores_and_reasons():
     assert score("def add(a, b):\n    return [0] * (a + 1) * 10**10\n", *three) == "memory"
     assert score("def add(a, b:\n", *three) == "syntax"
     assert score("def add(a, b):\n    return a.b\n", *three) == "raised"
-    assert score("import os, signal\nos.kill(os.getpid(), signal.SIGSEGV)", *three) == "died"
+    assert score("import ctypes\nctypes.string_at(0)", *three) == "died"
     assert score("print('x' * 2**21)", {"input": "", "output": "x"}) in ("output", "raised")
     assert score("raise SystemExit(1)", {"input": "", "output": ""}) == "raised"
     with pytest.raises(Refused, match="unparsed"):

@@ -10,12 +10,14 @@ import time
 from pathlib import Path
 
 import pytest
+import verifier_tools
 
 from mlx_realign.verifiers import code, sandbox
 from mlx_realign.verifiers.answers import Refused
 
 ADD = "def add(a, b):\n    return a + b\n"
 LINUX = sys.platform == "linux"
+each_way = verifier_tools.each_way
 
 
 def score(program: str, *tests: object, **row: object) -> float | str | None:
@@ -24,20 +26,6 @@ def score(program: str, *tests: object, **row: object) -> float | str | None:
         return code.verify(f"```python\n{program}\n```", {"tests": list(tests), **row})
     except Refused as refused:
         return refused.reason
-
-
-@pytest.fixture(params=["root", "user", "calls"] if LINUX else ["seatbelt"])
-def each_way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Every way of confining that this machine has, one after the other."""
-    if request.param not in sandbox.candidates():
-        pytest.skip("for the other kind of user")
-    monkeypatch.setattr(sandbox, "candidates", lambda: (request.param,))
-    monkeypatch.setattr(sandbox, "route", sandbox.route.__wrapped__)
-    if sandbox.isolation() is None:
-        pytest.skip(sandbox.route().why)
-    found = sandbox.route()
-    monkeypatch.setattr(sandbox, "route", lambda: found)
-    return request.param
 
 
 ECHO = """
@@ -82,7 +70,7 @@ import os
 print(dict(os.environ))
 for n in range(3, 64):
     try:
-        os.fstat(n)
+        os.get_inheritable(n)
         print(n)
     except OSError:
         pass
@@ -133,6 +121,13 @@ def test_the_filter_lets_pass_what_it_lists_and_nothing_else():
         assert answer(number, *(rest or [intel])) == linux.DENY, what
     assert answer(435, intel) == linux.UNKNOWN
     assert answer(2, intel, files=True) == linux.ALLOW
+    for number in (4, 6, 262, 332):  # stat, lstat, newfstatat, statx
+        assert (answer(number, intel), answer(number, intel, files=True)) == (linux.DENY, linux.ALLOW)
+    locks = {(73,): 0, (72, 6): 0, (72, 7): 0, (72, 5): linux.DENY, (72, 1030): linux.ALLOW, (72, 8): linux.DENY}
+    for (number, *command), expected in locks.items():  # said to be taken, where there are files
+        found = answer(number, intel, 3, *command, files=True)
+        assert found == (linux.DONE if expected == 0 else expected), (number, command)
+        assert answer(number, intel, 3, *command) == (expected or linux.DENY)
     assert answer(165, intel, files=True) == linux.DENY  # mount
 
 
@@ -177,7 +172,7 @@ def test_a_sandbox_dies_with_whoever_started_it(each_way: str):
     worker = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, start_new_session=True)
     try:
         assert worker.stdout is not None and worker.stdout.readline() == b"on\n"
-        deadline, least = time.monotonic() + 2, 2 if each_way == "calls" else 3
+        deadline, least = time.monotonic() + 2, 3
         while len(inside := descendants(worker.pid)) < least and time.monotonic() < deadline:
             time.sleep(0.01)
         assert len(inside) == least
@@ -211,10 +206,10 @@ def runs(process: int) -> bool:
 
 def test_the_sandbox_is_started_with_nothing_but_the_standard_library():
     folder = Path(sandbox.__file__).parent
-    for name in ("sandbox_child", "sandbox_linux", "sandbox_macos"):
+    for name in ("sandbox_child", "sandbox_play", "sandbox_linux", "sandbox_macos"):
         tree = ast.parse((folder / f"{name}.py").read_text())
         for node in ast.walk(tree):
             if isinstance(node, ast.ImportFrom) and node.level:
-                assert [alias.name for alias in node.names][0].startswith("sandbox_")
+                assert (node.module or node.names[0].name).startswith("sandbox_")
             elif isinstance(node, ast.Import):
                 assert all(alias.name.split(".")[0] in sys.stdlib_module_names for alias in node.names)

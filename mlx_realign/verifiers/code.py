@@ -41,6 +41,8 @@ def verify(completion: str, row: dict[str, Any], argument: str = "") -> float | 
                     break
     except sandbox.NoIsolation as error:
         raise Refused("no_isolation") from error
+    except TimeoutError as error:  # on a machine so busy that not even the sandbox starts
+        raise Refused("timeout") from error
     share = words.count("passed") / len(cases)
     if share == 1.0 or (share > 0 and argument == "partial"):
         return share

@@ -212,7 +212,7 @@ def _lines(text: str) -> list[str]:
 
 
 def same(value: Any, expected: Any, as_json: bool) -> bool:
-    """A value as sandbox_child.encode wrote it (read by json) against an expected one.
+    """A value as sandbox_play.encode wrote it (read by json) against an expected one.
 
     `as_json`: expected is JSON: tuples are lists, keys are text, true is not 1, numbers that are no integers agree to
     1e-9. Else as Python's == on builtin values. Guided by `expected`, so that the work is bounded by what a row holds.

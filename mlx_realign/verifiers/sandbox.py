@@ -5,14 +5,17 @@ r"""Runs an untrusted Python program where it can read, write, reach and start n
         ask("stdin", "2 3\n", 1.0)      # the program as a script with this input: Outcome("ok", b"5\n", b"")
         ask("call", "f(2, 3)", 1.0)     # the value of an expression after it: Outcome("ok", b"", b"5")
 
-One interpreter is started per program and forks for each question, so that no test meets what another has left behind
-(sandbox_child.py). What isolates depends on the machine, the first of these that holds when it is tried:
+One interpreter is started per program and forks for each question, with process numbers and a /tmp of its own where
+there are namespaces, so that no test meets what another has left behind (sandbox_child.py). What isolates depends on
+the machine, the first of these that holds when it is tried:
 
     Linux     namespaces (no network, no file but Python's own library, an empty /tmp in memory, no other process) and
-              a filter of system calls; where namespaces are forbidden, as in many containers, the filter without files
+              a filter of system calls; where namespaces are forbidden, as in many containers, the filter without files,
+              which are neither opened nor looked at
     macOS     a sandbox profile: no network, process or program, writes only in an empty folder
 
-Each holds limits besides: processor time, memory, size of files, open files, wall clock, output. Where nothing holds,
+Each holds limits besides: processor time, memory, size of files, open files, threads (counted by process, since the
+kernel's own limit counts a user), wall clock, output. Where nothing holds,
 `program` raises NoIsolation unless the environment has MLX_REALIGN_UNSAFE_CODE=1, which means limits only.
 """
 
@@ -32,9 +35,10 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
-from . import sandbox_child
+from . import sandbox_child, sandbox_play
 
 UNSAFE = "MLX_REALIGN_UNSAFE_CODE"
+START_S = 5.0  # for a sandbox to be there
 GRACE_S = 0.5  # beyond a test's own limit before the whole sandbox is ended
 START = """import sys
 package = type(sys)("box")
@@ -45,7 +49,8 @@ box.sandbox_child.main()"""
 
 # What must fail inside; run once before anything else is, because a kernel may take a limit and not keep it.
 PROBE = """
-import os, signal, socket
+import os, signal, socket, sys
+LINUX = sys.platform == "linux"
 def breaches(path, port, process):
     found = []
     def attempt(what, action):
@@ -59,6 +64,9 @@ def breaches(path, port, process):
     attempt("made a file", lambda: open(path + ".new", "w").close())
     attempt("used the network", lambda: socket.socket().connect(("127.0.0.1", port)))
     attempt("signalled a process", lambda: os.kill(process, signal.SIGCONT))
+    if LINUX:
+        attempt("saw a file", lambda: os.stat(path))
+        attempt("touched a device", lambda: os.utime("/dev/null"))
     return found
 """
 
@@ -76,7 +84,7 @@ class Limits(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """Of one question. `status` is "ok" or what went wrong: one of sandbox_child.STATUSES."""
+    """Of one question. `status` is "ok" or what went wrong: one of sandbox_play.STATUSES."""
 
     status: str
     output: bytes = b""
@@ -150,11 +158,28 @@ def program(code: str, limits: Limits = Limits()) -> Iterator[Ask]:  # noqa: B00
 @contextlib.contextmanager
 def _child(name: str, code: str, limits: Limits) -> Iterator[tuple[str, Ask]]:
     """A sandbox by that route: (what it is made of, ask)."""
-    end = time.monotonic() + limits.total_s
-    folder = tempfile.mkdtemp(prefix="realign-code-")
+    # Linux needs no folder, and a worker that is killed leaves none: the new root is mounted where /proc was.
+    folder = "/proc" if name in ("root", "user", "calls") else tempfile.mkdtemp(prefix="realign-code-")
+    try:
+        process = _started()
+        try:
+            _say(process, {"route": name, "folder": folder, "code": code, **limits._asdict()})
+            hello = _heard(process, time.monotonic() + START_S, 10_000).decode(errors="replace")
+            if hello.startswith("!"):
+                raise OSError(hello[1:])
+            # A busy machine starts a sandbox late; that is not the program's time.
+            yield hello, functools.partial(_ask, process, time.monotonic() + limits.total_s, limits, [])
+        finally:
+            _end(process)
+    finally:
+        if folder != "/proc":
+            sandbox_child.remove(folder)
+
+
+def _started() -> subprocess.Popen[bytes]:
     python = getattr(sys, "_base_executable", None) or sys.executable
     flags = ["-S", "-s", "-P", "-W", "ignore", "-X", "utf8", "-c", START, os.path.dirname(os.path.abspath(__file__))]
-    process = subprocess.Popen(
+    return subprocess.Popen(
         [python, *flags],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
@@ -164,18 +189,6 @@ def _child(name: str, code: str, limits: Limits) -> Iterator[tuple[str, Ask]]:
         env={"PYTHONHASHSEED": "0"},  # the order of sets, the same in every run
         start_new_session=True,
     )
-    try:
-        setup = {"route": name, "folder": folder, "code": code, **limits._asdict()}
-        _say(process, setup)
-        hello = _heard(process, end, 10_000).decode(errors="replace")
-        if hello.startswith("!"):
-            raise OSError(hello[1:])
-        if name in ("root", "user", "calls"):
-            _remove(folder)  # it was a place to mount something at; now a killed worker leaves nothing behind
-        yield hello, functools.partial(_ask, process, end, limits, [])
-    finally:
-        _end(process)
-        _remove(folder)
 
 
 def _ask(
@@ -191,7 +204,7 @@ def _ask(
         status, output, result = struct.unpack_from(">BII", reply)
         if 9 + output + result != len(reply):
             raise ValueError("a reply of another length")
-        return Outcome(sandbox_child.STATUSES[status], reply[9 : 9 + output], reply[9 + output :])
+        return Outcome(sandbox_play.STATUSES[status], reply[9 : 9 + output], reply[9 + output :])
     except TimeoutError:
         over.append("timeout")
     except (OSError, ValueError, IndexError, struct.error):
@@ -232,25 +245,17 @@ def _read(process: subprocess.Popen[bytes], count: int, deadline: float) -> byte
 def _end(process: subprocess.Popen[bytes]) -> None:
     """The end of its input ends a sandbox with all that is in it; what does not follow is killed."""
     assert process.stdin is not None and process.stdout is not None
-    process.stdin.close()
     try:
+        process.stdin.close()
         process.wait(GRACE_S)
     except subprocess.TimeoutExpired:
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-    process.stdout.close()
-
-
-def _remove(folder: str) -> None:
-    """The folder, empty on Linux; elsewhere a program may have written into it, and made that hard to remove."""
-    try:
-        os.rmdir(folder)
-    except FileNotFoundError:
-        return
-    except OSError:
-        with contextlib.suppress(RecursionError):
-            shutil.rmtree(folder, ignore_errors=True)
+        pass
+    finally:  # an interrupt leaves nothing behind either
+        if process.returncode is None:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+        process.stdout.close()
 
 
 def _probe(name: str) -> str:
@@ -259,10 +264,15 @@ def _probe(name: str) -> str:
     path = os.path.join(folder, "canary")
     listener = socket.socket()
     try:
-        os.chmod(folder, 0o777)  # so that nothing but the isolation is in the way
-        with open(path, "w") as file:
-            file.write("canary")
-        os.chmod(path, 0o666)
+        file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+        try:
+            os.write(file, b"canary")
+            if sys.platform == "linux" and os.geteuid() == 0 and name != "user":
+                # Theirs whom root becomes inside, so that nothing but the isolation is in the way; nobody else's.
+                os.fchown(file, sandbox_child.NOBODY, sandbox_child.NOBODY)
+                os.chown(folder, sandbox_child.NOBODY, sandbox_child.NOBODY, follow_symlinks=False)
+        finally:
+            os.close(file)
         listener.bind(("127.0.0.1", 0))
         listener.listen(1)
         with _child(name, PROBE, Limits(total_s=10.0)) as (made_of, ask):

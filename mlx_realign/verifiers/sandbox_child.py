@@ -2,14 +2,16 @@
 """The inside of the sandbox: a small trusted process that confines itself and forks once per test.
 
 `sandbox.py` starts it as an interpreter of its own with two pipes as input and output. It reads the program, loads the
-standard modules the program names, isolates itself, says how, and then answers each request by running the whole
-program in a fresh fork with limits of its own. It knows what goes into a test and never what should come out: a program
-that took this process over could do no more than answer, and the answer is compared elsewhere.
+standard modules the program names, isolates itself, says how, and then forks for each request, which it does not even
+read: the fork does, makes a place that is the test's alone, runs the whole program in a fork of its own with limits,
+and answers. Nothing of a test is thus left for the next one, in memory neither. It knows what goes into a test and
+never what should come out: a program that took this process over could do no more than answer, and the answer is
+compared elsewhere.
 
     request   marshal: (mode, text, seconds); mode "stdin" runs the program as a script with `text` as its input,
               "call" evaluates the expression `text` after it, "assert" runs the statement `text` after it
-    reply     ">BII": index into STATUSES, bytes of output, bytes of result; then both. The result is a value as
-              JSON, see `encode`
+    reply     ">BII": index into sandbox_play.STATUSES, bytes of output, bytes of result; then both. The result is
+              a value as JSON, see sandbox_play.encode
 """
 
 import contextlib
@@ -23,15 +25,10 @@ import struct
 import sys
 import time
 from collections.abc import Callable
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
-try:
-    from _json import encode_basestring_ascii as quote  # the C half of json, without the cost of the rest
-except ImportError:
-    from json.encoder import py_encode_basestring_ascii as quote
+from .sandbox_play import DIED, MEMORY, OK, OUTPUT, RAISED, RESULT, SYNTAX, TIMEOUT, UNCONFINED, encode, play, write
 
-STATUSES = ("ok", "raised", "timeout", "memory", "output", "died", "syntax", "unconfined")
-OK, RAISED, TIMEOUT, MEMORY, OUTPUT, DIED, SYNTAX, UNCONFINED = range(8)
 # Loaded before isolation when a line of the program that imports names them, once for all tests. Where files cannot be
 # opened at all (route "calls") these are the modules a program can import.
 MODULES = """__future__ abc array ast asyncio atexit base64 binascii bisect builtins calendar cmath codecs collections
@@ -40,11 +37,32 @@ enum errno fractions functools gc graphlib hashlib heapq html inspect io itertoo
 numbers operator os pickle platform pprint queue random re secrets select selectors shlex signal socket statistics
 string struct subprocess sys tempfile textwrap threading time timeit traceback types typing unicodedata unittest
 urllib.parse uuid warnings weakref zlib""".split()
-RESULT, ALIVE = 3, 4  # descriptors in a test's process, after the usual three
+ALIVE = RESULT + 1  # the last descriptor in a test's process
 RESULT_BYTES = 1 << 18
-DEEPEST, PARTS = 60, 200_000  # of a result
+THREADS = 128  # of one test, where they can be counted
+NOBODY = 65534
 DARWIN = sys.platform == "darwin"
 _exit = os._exit
+
+
+def nothing_more(*_: Any) -> None:
+    """What a way of confining does where it has nothing to do."""
+
+
+class Way(NamedTuple):
+    """How tests are confined, and by what calls."""
+
+    made_of: str
+    prepare: Callable[[], None] = nothing_more
+    """Before a test's process is made: what it has for itself."""
+    confine: Callable[[str], None] = nothing_more
+    """In the test's process, before anything of the program."""
+    follow: Callable[[], None] = nothing_more
+    """In a fork: end with the process that made it."""
+    threads: Callable[[int], int] | None = None
+    """How many a process has."""
+    at_home: bool = False
+    """A test needs a folder of its own within that of the sandbox."""
 
 
 def main() -> NoReturn:
@@ -53,14 +71,43 @@ def main() -> NoReturn:
     load_modules(setup["code"])
     warm_up()
     try:
-        made_of, confine = enter(setup["route"], setup["folder"])
+        way = enter(setup["route"], setup["folder"])
     except Exception as error:  # whatever went wrong, nothing may run
         send(f"!{error}".encode())
         _exit(1)
-    send(made_of.encode())
+    send(way.made_of.encode())
+    own = os.getpid()
     while True:
-        mode, text, seconds = receive()
-        send(run(setup, confine, mode, text, seconds))
+        select.select([0], [], [])
+        asked = os.fork()
+        if asked == 0:
+            try:
+                serve(setup, way, parent=own)
+            finally:
+                _exit(1)
+        if os.waitpid(asked, 0)[1] != 0:
+            _exit(1)  # the input has ended, or an answer is missing
+
+
+def serve(setup: dict[str, Any], way: Way, parent: int) -> NoReturn:
+    """Answer one request, in a fork of the process that waits for them."""
+    way.follow()
+    if os.getppid() != parent:  # it ended before this one could ask to end with it
+        _exit(1)
+    mode, text, seconds = receive()
+    home = os.path.join(setup["folder"], os.urandom(8).hex()) if way.at_home else ""
+    try:
+        if home:
+            os.mkdir(home, 0o700)
+        way.prepare()
+    except OSError:
+        send(struct.pack(">BII", UNCONFINED, 0, 0))
+        _exit(0)
+    reply = run(setup, way, home, mode, text, seconds)
+    if home:
+        remove(home)
+    send(reply)
+    _exit(0)
 
 
 def receive() -> Any:
@@ -75,7 +122,7 @@ def read_exactly(count: int) -> bytes:
     while len(parts) < count:
         part = os.read(0, count - len(parts))
         if not part:
-            _exit(0)
+            _exit(1)
         parts += part
     return parts
 
@@ -85,13 +132,7 @@ def send(message: bytes) -> None:
     try:
         write(1, struct.pack(">I", len(message)) + message)
     except OSError:
-        _exit(0)
-
-
-def write(file: int, data: bytes) -> None:
-    """All of it."""
-    while data:
-        data = data[os.write(file, data) :]
+        _exit(1)
 
 
 def load_modules(code: str) -> None:
@@ -112,61 +153,58 @@ def warm_up() -> None:
         open(file, mode, encoding="utf-8", closefd=False)  # and not closed
 
 
-def enter(route: str, folder: str) -> tuple[str, Callable[[], None]]:
-    """Isolate this process: (what it is made of, what each test's process does on top of it).
+def enter(route: str, folder: str) -> Way:
+    """Isolate this process.
 
     Routes: "root" and "user" make namespaces, as the one or the other; "calls" is the system-call filter without
     files; "seatbelt" is macOS; "unsafe" is nothing.
     """
     os.environ.clear()
-    os.chdir(folder if route in ("seatbelt", "unsafe") else "/")
+    os.chdir("/")
     if route in ("root", "user", "calls"):
         return enter_linux(route, folder)
+    import shutil  # for `remove`, once for all tests
+
+    assert shutil
     if route == "seatbelt":
         from . import sandbox_macos
 
-        return "sandbox profile", lambda: sandbox_macos.confine(folder)
-    return "nothing", lambda: None
+        return Way("sandbox profile", confine=sandbox_macos.confine, at_home=True)
+    return Way("nothing", at_home=True)
 
 
-def enter_linux(route: str, folder: str) -> tuple[str, Callable[[], None]]:
+def enter_linux(route: str, folder: str) -> Way:
     """`enter` by namespaces and the system-call filter, or by the filter alone."""
     from . import sandbox_linux as linux
 
-    filtered = linux.can_filter()
+    filtered, files = linux.can_filter(), route != "calls"
     linux.die_with_parent()
+    threads, made_of = linux.thread_counter(), "namespaces and system-call filter" if filtered else "namespaces"
     if filtered:
-        linux.filter_code(files=route != "calls")
-    if route == "calls":
+        linux.filter_code(files=files)
+    if files:
+        linux.namespaces(folder, as_user=route == "user")
+    else:
         if not filtered:
             raise OSError(38, "the kernel takes no system-call filter")
         linux.drop_privileges()
         made_of = "system-call filter"
-    else:
-        linux.namespaces(folder, as_user=route == "user")
-        into_own_processes()
-        linux.die_with_parent()
-        made_of = "namespaces and system-call filter" if filtered else "namespaces"
+    if threads is None:
+        made_of += "; threads are not counted, since there is no /proc"
 
-    def confine() -> None:
+    def confine(home: str) -> None:
+        if files:
+            linux.drop_privileges()
         linux.die_with_parent()
         if filtered:
-            linux.filter_calls(files=route != "calls")
+            linux.filter_calls(files=files)
+        else:  # processes then
+            resource.setrlimit(resource.RLIMIT_NPROC, (THREADS, THREADS))
 
-    return made_of, confine
-
-
-def into_own_processes() -> None:
-    """Go on as process 1 of the new process namespace, with which all others in it end; the caller waits outside."""
-    inside = os.fork()
-    if inside:
-        os.close(0)
-        os.close(1)
-        os.waitpid(inside, 0)
-        _exit(0)
+    return Way(made_of, linux.alone if files else nothing_more, confine, linux.die_with_parent, threads)
 
 
-def run(setup: dict[str, Any], confine: Callable[[], None], mode: str, text: str, seconds: float) -> bytes:
+def run(setup: dict[str, Any], way: Way, home: str, mode: str, text: str, seconds: float) -> bytes:
     """One test in a fork: its reply. Input, output and result are files without a name."""
     given, output, result = (nameless(setup["folder"]) for _ in range(3))
     if mode == "stdin":
@@ -177,22 +215,28 @@ def run(setup: dict[str, Any], confine: Callable[[], None], mode: str, text: str
     process = os.fork()
     if process == 0:
         try:
-            become_test(setup, (given, output, nothing(), result, held), seconds)
-            confine()
-            if os.getppid() != parent:  # it ended before the child could ask to end with it
+            become_test(setup, (given, output, nothing(), result, held), home, seconds)
+            way.confine(home)
+            # Whoever waits may have ended before this process could ask to end with it; as process 1 it sees no parent.
+            if os.getppid() not in (parent, 0) or (os.getpid() == 1 and not read_by_somebody(ALIVE)):
                 _exit(UNCONFINED)
             _exit(play(setup["code"], mode, text))
         finally:
             _exit(UNCONFINED)
     os.close(held)
-    status = wait(process, alive, time.monotonic() + seconds, setup["memory_bytes"])
+    status = wait(process, alive, time.monotonic() + seconds, setup["memory_bytes"], way)
     most = setup["output_bytes"]
     written, answer = os.pread(output, most + 1, 0), os.pread(result, RESULT_BYTES + 1, 0)
     if len(written) > most or len(answer) > RESULT_BYTES:
         status, written, answer = OUTPUT, b"", b""
-    for file in (given, output, result, alive):
-        os.close(file)
     return struct.pack(">BII", status, len(written), len(answer)) + written + answer
+
+
+def read_by_somebody(pipe: int) -> bool:
+    """Whether the other end of a pipe is open."""
+    poll = select.poll()
+    poll.register(pipe, 0)
+    return not poll.poll(0)
 
 
 def nothing() -> int:
@@ -210,18 +254,15 @@ def nameless(folder: str) -> int:
     return file
 
 
-def become_test(setup: dict[str, Any], files: tuple[int, ...], seconds: float) -> None:
-    """In the fork: `files` as descriptors 0 to 4 and no others, an empty folder, limits."""
+def become_test(setup: dict[str, Any], files: tuple[int, ...], home: str, seconds: float) -> None:
+    """In the fork: `files` as descriptors 0 to 4 and no others, the folder `home` if there is one, limits."""
     for target, file in enumerate([fcntl.fcntl(file, fcntl.F_DUPFD_CLOEXEC, 16) for file in files]):
         os.dup2(file, target)
     os.closerange(ALIVE + 1, 4096)
-    route = setup["route"]
-    if route == "unsafe":
+    if setup["route"] == "unsafe":
         os.setpgid(0, 0)
-    if route != "calls":
-        own = os.urandom(8).hex()  # a name that an earlier test cannot have taken
-        os.mkdir(own)
-        os.chdir(own)
+    if home:
+        os.chdir(home)
     limits = {
         "CPU": int(seconds) + 1,
         "AS": setup["memory_bytes"],
@@ -229,8 +270,6 @@ def become_test(setup: dict[str, Any], files: tuple[int, ...], seconds: float) -
         "NOFILE": 64,
         "CORE": 0,
     }
-    if route in ("root", "user"):
-        limits["NPROC"] = 128  # threads; processes too where the kernel takes no filter
     for name, value in limits.items():
         which = getattr(resource, f"RLIMIT_{name}")
         most = resource.getrlimit(which)[1]
@@ -243,14 +282,14 @@ def become_test(setup: dict[str, Any], files: tuple[int, ...], seconds: float) -
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # a write beyond the limit is an error then, and not the end
 
 
-def wait(process: int, alive: int, deadline: float, memory_bytes: int) -> int:
+def wait(process: int, alive: int, deadline: float, memory_bytes: int, way: Way) -> int:
     """Wait for a test's process until the deadline, end what is left of it: its status."""
     watched, step, code, status = [0, alive], 0.02, None, TIMEOUT
     while code is None and (left := deadline - time.monotonic()) > 0:
         ready = select.select(watched, [], [], min(left, step))[0]
         if 0 in ready:  # no request comes during a test: the other side has gone
             kill(process)
-            _exit(0)
+            _exit(1)
         done, how = os.waitpid(process, os.WNOHANG)
         if done:
             code = os.waitstatus_to_exitcode(how)
@@ -258,6 +297,9 @@ def wait(process: int, alive: int, deadline: float, memory_bytes: int) -> int:
             watched, step = [0], 0.001
         elif DARWIN and too_large(process, memory_bytes):
             status = MEMORY
+            break
+        elif way.threads and way.threads(process) > THREADS:  # counted here: the kernel's limit is one for a whole user
+            status = DIED
             break
     kill(process, reaped=code is not None)
     if code is None:
@@ -275,97 +317,22 @@ def too_large(process: int, memory_bytes: int) -> bool:
 
 
 def kill(process: int, reaped: bool = False) -> None:
-    """End a test's process, its process group where it has one and, as process 1, all others in the namespace."""
+    """End a test's process and its process group where it has one; in a namespace it is process 1, and all end."""
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(process, signal.SIGKILL)
     if not reaped:
         os.kill(process, signal.SIGKILL)
         os.waitpid(process, 0)
-    if os.getpid() == 1:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(-1, signal.SIGKILL)
-        with contextlib.suppress(ChildProcessError):
-            while True:
-                os.waitpid(-1, 0)
 
 
-def play(code: str, mode: str, text: str) -> int:
-    """Run the program and the test in it: the exit code. What the program does to this code spoils its answer alone."""
-    name = "__main__" if mode == "stdin" else "solution"
-    module = type(sys)(name)
-    sys.modules[name] = module
-    sys.argv = ["solution.py"]
-    sys.stdin = sys.__stdin__ = open(0, encoding="utf-8", closefd=False)
-    sys.stdout = sys.__stdout__ = open(1, "w", encoding="utf-8", closefd=False)
-    sys.stderr = sys.__stderr__ = open(2, "w", encoding="utf-8", errors="replace", closefd=False)
-    try:
-        program = compile(code, "solution.py", "exec", dont_inherit=True)
-    except MemoryError:
-        return MEMORY
-    except (SyntaxError, ValueError, RecursionError, OverflowError):
-        return SYNTAX
-    try:
-        return play_compiled(program, module.__dict__, mode, text)
-    except MemoryError:
-        return MEMORY
-    except BaseException:
-        return RAISED
+def remove(folder: str) -> None:
+    """The folder with all a program may have put into it, and made hard to remove."""
+    import shutil
 
-
-def play_compiled(program: Any, names: dict[str, Any], mode: str, text: str) -> int:
-    """Run it, then what the mode asks for. Ending early is an end for a script and no answer to a call."""
-    try:
-        exec(program, names)
-        if mode == "call":
-            write(RESULT, encode(eval(compile(text, "test", "eval", dont_inherit=True), names), [PARTS]).encode())
-        elif mode == "assert":
-            exec(compile(text, "test", "exec", dont_inherit=True), names)
-            write(RESULT, b"true")
-        else:
-            end_of_script()
-    except SystemExit as stop:
-        if mode != "stdin" or stop.code not in (None, 0):
-            return RAISED
-        end_of_script()
-    return OK
-
-
-def end_of_script() -> None:
-    """What an interpreter does at its end: wait for threads, run what was registered, write what is buffered."""
-    import atexit
-
-    threads = sys.modules.get("threading")
-    if threads:
-        threads._shutdown()
-    atexit._run_exitfuncs()
-    sys.stdout.flush()
-
-
-def encode(value: Any, left: list[int], depth: int = 0) -> str:
-    """A value of builtin types as JSON: null, true, numbers, strings; the rest as lists that begin with a letter.
-
-    l list, t tuple, s set, d dict (key, value, key ...), i integer of over 63 bits in hexadecimal, c complex, b bytes,
-    o anything else, which equals nothing. Raises OverflowError when it has more parts than `left` counts down.
-    """
-    left[0] -= 1
-    if left[0] < 0:
-        raise OverflowError("the value has too many parts")
-    if value is None or value is True or value is False:
-        return {None: "null", True: "true", False: "false"}[value]
-    if isinstance(value, str):
-        return quote(str(value))
-    if isinstance(value, int):
-        return str(int(value)) if -(2**63) <= value < 2**63 else f'["i","{int(value):x}"]'
-    if isinstance(value, float):
-        text = float.__repr__(value)
-        return {"nan": "NaN", "inf": "Infinity", "-inf": "-Infinity"}.get(text, text)
-    if isinstance(value, complex):
-        return f'["c",{encode(value.real, left)},{encode(value.imag, left)}]'
-    if isinstance(value, bytes | bytearray):
-        return f'["b","{value.hex()}"]'
-    letters = [(list, "l"), (tuple, "t"), (set, "s"), (frozenset, "s"), (dict, "d")]
-    letter = next((letter for kind, letter in letters if isinstance(value, kind)), None)
-    if letter is None or depth >= DEEPEST:
-        return '["o"]'
-    parts = [part for pair in value.items() for part in pair] if letter == "d" else value
-    return f'["{letter}"' + "".join("," + encode(part, left, depth + 1) for part in parts) + "]"
+    with contextlib.suppress(RecursionError):
+        for place, folders, _ in os.walk(folder):
+            for path in [os.path.join(place, name) for name in folders]:
+                if not os.path.islink(path):
+                    with contextlib.suppress(OSError):
+                        os.chmod(path, 0o700)
+        shutil.rmtree(folder, ignore_errors=True)

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """What Linux offers to confine a process, through ctypes: namespaces, dropped privileges, a system-call filter.
 
-`namespaces` gives the calling process a network without interfaces, process ids and a file system of its own: the
-standard library and shared libraries read-only, a small /tmp in memory, nothing else. `filter_calls` then allows the
-system calls that a computing Python needs and no other: no new process, no program started, no socket, no signal to
-another process; with `files=False` no file opened either, which confines where namespaces are forbidden (containers).
+`namespaces` gives the calling process a network without interfaces and a file system of its own: the standard library
+and shared libraries read-only, nothing else; `alone` then gives each test process ids and a small /tmp in memory, and
+`drop_privileges` takes from it what made that possible. `filter_calls` allows the system calls that a computing Python
+needs and no other: no new process, no program started, no socket, no signal to another process; with `files=False` no
+file opened or looked at either, which confines where namespaces are forbidden (containers).
 A failing step raises OSError and the caller must not go on: half an isolation is none.
 """
 
@@ -13,29 +14,37 @@ import functools
 import os
 import struct
 import sys
+from collections.abc import Callable
 from typing import Any
 
-NOBODY = 65534
+from .sandbox_child import NOBODY
+
 READABLE = ("/lib", "/lib64", "/usr/lib", "/usr/lib64", "/nix/store", "/gnu/store")
 DEVICES = ("null", "zero", "urandom")
+PACKAGES = ("site-packages", "dist-packages")  # in a folder python* of a library
+STAGE = "/stage"
 
 # unshare(2)
 NEWNS, NEWUTS, NEWIPC, NEWUSER, NEWPID, NEWNET = 0x20000, 0x4000000, 0x8000000, 0x10000000, 0x20000000, 0x40000000
 NEW_ANY = NEWNS | NEWUTS | NEWIPC | NEWUSER | NEWPID | NEWNET | 0x2000000 | 0x80  # and NEWCGROUP, NEWTIME
 # mount(2), mount_setattr(2), umount2(2)
-RDONLY, NOSUID, NODEV, REMOUNT, BIND, REC, PRIVATE = 1, 2, 4, 32, 4096, 16384, 1 << 18
+RDONLY, NOSUID, NODEV, REMOUNT, BIND, MOVE, REC, PRIVATE = 1, 2, 4, 32, 4096, 8192, 16384, 1 << 18
 AT_RECURSIVE, DETACH = 0x8000, 2
 # statvfs flag -> mount flag, for a remount that may not lose any of them
 KEPT = {2: NOSUID, 4: NODEV, 8: 8, 1024: 1024, 2048: 2048, 4096: 1 << 21}
 # prctl(2)
 PDEATHSIG, DUMPABLE, SET_SECCOMP, NO_NEW_PRIVS = 1, 4, 22, 38
 
+# capget(2), capset(2)
+CAPABILITIES = struct.pack("Ii", 0x20080522, 0)  # of version 3, this process
+NEEDED = 1 << 5 | 1 << 6 | 1 << 7 | 1 << 21  # KILL, SETGID, SETUID, SYS_ADMIN: to make a test a place and end it
+
 # machine -> (column of the tables below, audit architecture of seccomp(2))
 MACHINES = {"x86_64": (1, 0xC000003E), "aarch64": (2, 0xC00000B7)}
 # name, number on x86_64, on aarch64 (-1: none), from the kernel's unistd.h; all of them act on this process alone
 COMPUTING = """
 read 0 63, write 1 64, readv 19 65, writev 20 66, pread64 17 67, pwrite64 18 68, close 3 57, fstat 5 80,
-newfstatat 262 79, stat 4 -1, lstat 6 -1, statx 332 291, lseek 8 62, mmap 9 222, mprotect 10 226, munmap 11 215,
+lseek 8 62, mmap 9 222, mprotect 10 226, munmap 11 215,
 brk 12 214, mremap 25 216, madvise 28 233, msync 26 227, rt_sigaction 13 134, rt_sigprocmask 14 135,
 rt_sigreturn 15 139, rt_sigpending 127 136, rt_sigsuspend 130 133, rt_sigtimedwait 128 137, sigaltstack 131 132,
 futex 202 98, sched_yield 24 124, nanosleep 35 101, clock_nanosleep 230 115, clock_gettime 228 113,
@@ -48,10 +57,11 @@ epoll_wait 232 -1, epoll_pwait 281 22, eventfd2 290 19, times 100 153, getrusage
 uname 63 160, alarm 37 -1, getitimer 36 102, setitimer 38 103, restart_syscall 219 128, membarrier 324 283,
 getcpu 309 168, recvfrom 45 207, shutdown 48 210, pause 34 -1, umask 95 166"""
 FILES = """
-open 2 -1, openat 257 56, access 21 -1, faccessat 269 48, faccessat2 439 439, readlink 89 -1, readlinkat 267 78,
+newfstatat 262 79, stat 4 -1, lstat 6 -1, statx 332 291, open 2 -1, openat 257 56, access 21 -1, faccessat 269 48,
+faccessat2 439 439, readlink 89 -1, readlinkat 267 78,
 getdents64 217 61, chdir 80 49, fchdir 81 50, mkdir 83 -1, mkdirat 258 34, rmdir 84 -1, unlink 87 -1, unlinkat 263 35,
 rename 82 -1, renameat 264 38, renameat2 316 276, truncate 76 45, ftruncate 77 46, fchmod 91 52, chmod 90 -1,
-fchmodat 268 53, utimensat 280 88, statfs 137 43, fstatfs 138 44, fsync 74 82, fdatasync 75 83, flock 73 32,
+fchmodat 268 53, utimensat 280 88, statfs 137 43, fstatfs 138 44, fsync 74 82, fdatasync 75 83,
 fadvise64 221 223, sendfile 40 71, copy_file_range 326 285"""
 # Calls that are allowed with certain arguments only: numbers on (x86_64, aarch64), then (offset of half an argument in
 # struct seccomp_data, the values it may have), all of which must hold. OWN is the number of the calling process.
@@ -62,12 +72,16 @@ GUARDED: list[tuple[tuple[int, int], list[tuple[int, list[Any]]]]] = [
     ((302, 261), [(16, [0, OWN])]),  # prlimit64
     ((157, 167), [(16, [15])]),  # prctl: the name of a thread
     ((16, 29), [(24, [0x5401, 0x5413, 0x541B, 0x5421, 0x5450, 0x5451])]),  # ioctl: is it a terminal, non-blocking ...
-    ((72, 25), [(24, [0, 1, 2, 3, 4, 5, 6, 7, 1030, 1031, 1032])]),  # fcntl, but for signals to an owner
+    ((72, 25), [(24, [0, 1, 2, 3, 4, 1030, 1031, 1032])]),  # fcntl, but for signals to an owner
     ((53, 199), [(16, [1]), (24, [1, 0x801, 0x80001, 0x80801])]),  # socketpair of joined streams, as asyncio wants
     ((44, 206), [(48, [0]), (52, [0])]),  # sendto without an address
 ]
+# Locks of files: said to be taken and not, since a test has no other process to share a file with, and what it can open
+# beside its own is the machine's. (flock, then fcntl with the commands F_SETLK, F_SETLKW.)
+FLOCK, FCNTL, LOCKING = (73, 32), (72, 25), (6, 7)
 CLONE, CLONE3, THREAD = (56, 220), 435, 0x10000
 ALLOW, DENY, UNKNOWN = 0x7FFF0000, 0x00050001, 0x00050026  # errno EPERM; ENOSYS, on which the C library falls back
+DONE = 0x00050000  # errno 0: the call answers that it did what it did not
 LOAD, EQUAL, TEST, ANSWER = 0x20, 0x15, 0x45, 0x06
 PIVOT_ROOT = (155, 41)
 MOUNT_SETATTR = 442  # on every machine
@@ -114,19 +128,19 @@ def drop_privileges() -> None:
         os.setgroups([])
         os.setresgid(NOBODY, NOBODY, NOBODY)
         os.setresuid(NOBODY, NOBODY, NOBODY)
-    call("capset", struct.pack("Ii", 0x20080522, 0), bytes(24))
+    call("capset", CAPABILITIES, bytes(24))
     call("prctl", NO_NEW_PRIVS, 1, 0, 0, 0)
     call("prctl", DUMPABLE, 0, 0, 0, 0)  # its memory and descriptors are closed to others of the same user
     die_with_parent()  # which the change of user has undone
 
 
 def namespaces(folder: str, as_user: bool) -> None:
-    """Network, processes, files, IPC of its own; the caller's next child is process 1 of the new process namespace.
+    """Network, files, IPC of its own. What is left of the privileges is what `alone` needs.
 
-    `folder` is any empty folder, used as a mount point that only this process sees. `as_user` makes a user namespace
-    first, in which an ordinary user may do this; without it the caller must be root. Privileges are dropped at the end.
+    `folder` is any folder that is needed no more, used as a mount point that only this process sees. `as_user` makes a
+    user namespace first, in which an ordinary user may do this; without it the caller must be root.
     """
-    own = NEWNS | NEWUTS | NEWIPC | NEWPID | NEWNET
+    own = NEWNS | NEWUTS | NEWIPC | NEWNET
     if as_user:
         user, group = os.geteuid(), os.getegid()
         call("unshare", own | NEWUSER)
@@ -136,7 +150,47 @@ def namespaces(folder: str, as_user: bool) -> None:
     else:
         call("unshare", own)
     _new_root(folder)
-    drop_privileges()
+    held = ctypes.create_string_buffer(24)
+    call("capget", CAPABILITIES, held)
+    needed = struct.unpack("6I", held.raw)[1] & NEEDED
+    call("capset", CAPABILITIES, struct.pack("6I", needed, needed, 0, 0, 0, 0))
+    call("prctl", NO_NEW_PRIVS, 1, 0, 0, 0)
+    call("prctl", DUMPABLE, 0, 0, 0, 0)
+    die_with_parent()
+
+
+def alone() -> None:
+    """After `namespaces`, for one test: an empty /tmp; the next child is process 1, with which all in it end."""
+    call("unshare", NEWNS | NEWPID | NEWIPC)
+    _mount("tmpfs", STAGE, "tmpfs", NOSUID | NODEV, "size=32m,nr_inodes=8192,mode=1777")
+    for name in os.listdir("/tmp"):  # a library that lies there
+        os.mkdir(f"{STAGE}/{name}", 0o755)
+        _mount(f"/tmp/{name}", f"{STAGE}/{name}", None, BIND | REC)
+    _mount(STAGE, "/tmp", None, MOVE)
+    os.chdir("/tmp")
+
+
+def thread_counter() -> Callable[[int], int] | None:
+    """A function that counts the threads of a process, also when /proc cannot be reached any more; None without it."""
+    try:
+        processes = os.open("/proc", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        os.close(os.open(f"{os.getpid()}/stat", os.O_RDONLY, dir_fd=processes))
+    except OSError:
+        return None
+
+    def count(process: int) -> int:
+        try:
+            file = os.open(f"{process}/stat", os.O_RDONLY, dir_fd=processes)
+        except OSError:  # it has ended
+            return 0
+        try:
+            return int(os.read(file, 4096).rpartition(b")")[2].split()[17])
+        except (OSError, ValueError, IndexError):
+            return 0
+        finally:
+            os.close(file)
+
+    return count
 
 
 def _write(path: str, text: str) -> None:
@@ -152,11 +206,11 @@ def _mount(source: str, target: str, kind: str | None, flags: int, options: str 
 
 
 def _new_root(folder: str) -> None:
-    """Make a root in memory at `folder`, put the read-only folders and an empty writable /tmp into it, and move in."""
+    """Make a root in memory at `folder`, put the read-only folders and a mount point /tmp into it, and move in."""
     _mount("none", "/", None, REC | PRIVATE)
     _mount("tmpfs", folder, "tmpfs", NOSUID | NODEV, "size=1m,nr_inodes=1024,mode=755")
-    os.mkdir(f"{folder}/tmp")  # before the library, which may lie in it
-    _mount("tmpfs", f"{folder}/tmp", "tmpfs", NOSUID | NODEV, "size=32m,nr_inodes=8192,mode=1777")
+    for path in ("/tmp", STAGE):
+        os.mkdir(folder + path)
     library = os.path.dirname(os.path.dirname(os.path.abspath(os.__file__)))
     done: list[str] = []
     for path in (*READABLE, library, f"{sys.base_prefix}/lib", f"{sys.base_exec_prefix}/lib"):
@@ -164,12 +218,15 @@ def _new_root(folder: str) -> None:
             continue
         os.makedirs(folder + path, exist_ok=True)
         _mount(path, folder + path, None, BIND | REC)
+        _hide_packages(folder + path)
         _read_only(folder + path)
         done.append(path)
     os.makedirs(f"{folder}/dev", exist_ok=True)
-    for name in DEVICES:
-        os.close(os.open(f"{folder}/dev/{name}", os.O_CREAT | os.O_WRONLY, 0o644))
-        _mount(f"/dev/{name}", f"{folder}/dev/{name}", None, BIND)
+    for name in DEVICES:  # read-only too: it is the device that is written then, not its owner, mode or times
+        device = f"{folder}/dev/{name}"
+        os.close(os.open(device, os.O_CREAT | os.O_WRONLY, 0o644))
+        _mount(f"/dev/{name}", device, None, BIND)
+        _read_only(device, NOSUID)
     _mount("none", folder, None, BIND | REMOUNT | RDONLY | NOSUID | NODEV)
     os.chdir(folder)
     found = machine()
@@ -178,12 +235,21 @@ def _new_root(folder: str) -> None:
         call("umount2", b".", DETACH)
     else:
         os.chroot(".")
-    os.chdir("/tmp")
+    os.chdir("/")
 
 
-def _read_only(path: str) -> None:
+def _hide_packages(folder: str) -> None:
+    """Nothing where packages are installed: other people's modules are no part of Python."""
+    for name in os.listdir(folder):
+        for kind in PACKAGES:
+            path = f"{folder}/{name}/{kind}"
+            if name.startswith("python") and os.path.isdir(path):
+                _mount("tmpfs", path, "tmpfs", RDONLY | NOSUID | NODEV, "size=4k,mode=555")
+
+
+def _read_only(path: str, also: int = NOSUID | NODEV) -> None:
     """Everything mounted at or below `path`; before Linux 5.12 the mount at `path` alone can be turned in one go."""
-    wanted = struct.pack("QQQQ", RDONLY | NOSUID | NODEV, 0, 0, 0)
+    wanted = struct.pack("QQQQ", RDONLY | also, 0, 0, 0)
     try:
         call("syscall", MOUNT_SETATTR, -100, path.encode() + b"\0", AT_RECURSIVE, wanted, len(wanted))
     except OSError as error:
@@ -191,7 +257,7 @@ def _read_only(path: str) -> None:
             raise
         present = os.statvfs(path).f_flag
         kept = sum(flag for bit, flag in KEPT.items() if present & bit)
-        _mount("none", path, None, BIND | REMOUNT | RDONLY | NOSUID | NODEV | kept)
+        _mount("none", path, None, BIND | REMOUNT | RDONLY | also | kept)
 
 
 def filter_calls(files: bool) -> None:
@@ -219,6 +285,10 @@ def filter_code(files: bool) -> bytes:
 def _program(column: int, audit: int, *, files: bool, own: int) -> list[tuple[int, int, int, int]]:
     """The filter as classic BPF steps (code, jump if true, jump if false, value)."""
     steps = [(LOAD, 0, 0, 4), (EQUAL, 1, 0, audit), (ANSWER, 0, 0, DENY), (LOAD, 0, 0, 0)]
+    steps += [(EQUAL, 0, 1, FLOCK[column - 1]), (ANSWER, 0, 0, DONE if files else DENY)]
+    if files:
+        locking = [step for command in LOCKING for step in ((EQUAL, 0, 1, command), (ANSWER, 0, 0, DONE))]
+        steps += [(EQUAL, 0, 6, FCNTL[column - 1]), (LOAD, 0, 0, 24), *locking, (LOAD, 0, 0, 0)]
     for entry in (COMPUTING + ("," + FILES if files else "")).split(","):
         number = int(entry.split()[column])
         if number >= 0:
