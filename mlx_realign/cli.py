@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from importlib import metadata
 from pathlib import Path
 
-from . import blas
+from . import blas, terminal
 from .errors import UserError
 from .flags import nearest
 
@@ -29,6 +29,11 @@ def entry(argv: Sequence[str] | None = None) -> int:
 
 def run(main: Callable[[list[str]], int | None], argv: Sequence[str] | None = None) -> int:
     """Runs a command's `main` and returns its exit code. A UserError is one message on standard error and code 2."""
+    with terminal.shown():
+        return _run(main, argv)
+
+
+def _run(main: Callable[[list[str]], int | None], argv: Sequence[str] | None) -> int:
     try:
         return main(list(sys.argv[1:] if argv is None else argv)) or 0
     except UserError as error:

@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.console import Console
 from rich.text import Text
 
 from ..batch import Completion, Example
+from ..terminal import Console
 from . import source as sources
 from .encode import Encoder
 from .formats import FORMATS, fits, parse

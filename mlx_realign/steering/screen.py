@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
-from rich.console import Console
 
 from .. import capture, vectors
 from ..batch import Example
@@ -29,6 +28,7 @@ from ..data.encode import Encoder
 from ..data.messages import RowError
 from ..errors import UserError
 from ..policy import Policy
+from ..terminal import Console
 from .asked import UseFlags, load_model
 from .monitor import Scale, scale_of
 
