@@ -34,14 +34,14 @@ class Console(rich.console.Console):
     @property
     def file(self) -> IO[str]:
         """Where rich writes: below all streams that stand in for another one."""
-        found = super().file
+        found: Any = super().file
         while hasattr(found, "rich_proxied_file"):
             found = found.rich_proxied_file
         return found
 
     @file.setter
-    def file(self, new: IO[str]) -> None:
-        self._file = new
+    def file(self, new_file: IO[str]) -> None:
+        self._file = new_file
 
     def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
         """Segments of `renderable`, their texts made visible on a terminal."""
@@ -88,5 +88,6 @@ def shown() -> Iterator[None]:
 
 
 def _shown(stream: Any, *, bars: bool = False) -> Any:
-    wrapped = stream is None or isinstance(stream, Shown) or not stream.isatty()
-    return stream if wrapped else Shown(stream, bars=bars)
+    if stream is None or isinstance(stream, Shown) or not stream.isatty():
+        return stream
+    return Shown(stream, bars=bars)

@@ -12,6 +12,7 @@ from typing import Any
 
 from .groups import KEYS, read_group
 from .messages import (
+    RESERVED_OPTIONS,
     SHAREGPT_ROLES,
     Content,
     Message,
@@ -267,6 +268,9 @@ def _options(row: dict) -> dict[str, Any]:
     kwargs = row.get("chat_template_kwargs")
     if kwargs is not None and not isinstance(kwargs, dict):
         raise RowError(f"'chat_template_kwargs' must be an object, found {kind_of(kwargs)}")
+    for key in kwargs or {}:
+        if key in RESERVED_OPTIONS:
+            raise RowError(f"'chat_template_kwargs.{key}' is not a row's to set; it may hold values the template reads")
     return {**options, **(kwargs or {})}
 
 

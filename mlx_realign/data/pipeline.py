@@ -17,7 +17,7 @@ from .encode import Encoder, TooLong
 from .formats import FORMATS, Row, accepted, parse
 from .messages import RowError
 
-VERSION = 2  # raise it when the same rows become other tokens
+VERSION = 3  # raise it when the same rows become other tokens
 _CHUNK_ROWS, _CHUNK_CHARS = 1000, 4_000_000  # what one call of the tokenizer gets; a larger row goes alone
 _SHOWN = 20
 
@@ -226,6 +226,7 @@ _NOTES = {
     "turns_without_end_token": "{} assistant turns have no end token, so their end is not learned",
     "rows_without_markers": "{} completions have no token between the template's generation markers; their whole "
     "turns are trained",
+    "options_unread": "{} rows have chat_template_kwargs that the chat template does not read",
     "seams": "{} completions share a token with the end of their prompt; it belongs to the completion",
 }
 

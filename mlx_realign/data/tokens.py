@@ -4,12 +4,14 @@
 import hashlib
 import json
 from collections.abc import Iterable, Sequence
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 
 from ..errors import UserError
-from .messages import Message, RowError
+from . import template
+from .messages import KNOWN_OPTIONS, Message, RowError, check_unicode
 
 _SENTINEL = "qzjxvkw"  # letters that no template contains, in one word that no template trims
 
@@ -44,6 +46,7 @@ class Words:
         self.renderer = getattr(tokenizer, "_chat_template", None) if _is_wrapper(tokenizer) else None
         written = bool(getattr(self.base, "chat_template", None))
         self.has_template = written or self.renderer is not None or "apply_chat_template" in own
+        self.is_jinja = written and self.renderer is None and "apply_chat_template" not in own
         self.has_markers = self.renderer is None and _has_markers(getattr(self.base, "chat_template", None))
         self.eos_id: int | None = self.base.eos_token_id
         self.bos_id: int | None = self.base.bos_token_id
@@ -88,19 +91,23 @@ class Words:
         """Chat template over conversations. A conversation that the template refuses gives a RowError in its place."""
         if not talks:
             return []
-        kwargs = {**options, "add_generation_prompt": generate, "tokenize": False}
+        kwargs = {**options, **self._bounded(options), "add_generation_prompt": generate, "tokenize": False}
         talks = [_as_parts(talk) for talk in talks] if self.parts else talks
         if self.renderer is None:
             try:
                 texts = self.outer.apply_chat_template(list(talks), **kwargs)
                 if isinstance(texts, list) and len(texts) == len(talks):
-                    return texts
+                    return [_unicode_or_error(text) for text in texts]
+            except template.TooMuch:
+                raise
             except Exception:  # a template raises what it likes; found one by one below
                 pass
         out: list[str | RowError] = []
         for talk in talks:
             try:
-                out.append(self.outer.apply_chat_template(talk, **kwargs))
+                out.append(_unicode_or_error(self.outer.apply_chat_template(talk, **kwargs)))
+            except template.TooMuch:
+                raise
             except Exception as error:
                 out.append(RowError(f"the chat template refuses these messages: {error}"))
         return out
@@ -110,9 +117,31 @@ class Words:
         kwargs = {"enable_thinking": self.outer.has_thinking} if _is_wrapper(self.outer) else {}
         talks = [_as_parts(talk) for talk in talks] if self.parts else talks
         out = self.base.apply_chat_template(
-            list(talks), return_dict=True, return_assistant_tokens_mask=True, **{**kwargs, **options}
+            list(talks),
+            return_dict=True,
+            return_assistant_tokens_mask=True,
+            **{**kwargs, **options, **self._bounded(options)},
         )
         return [np.array(mask, bool) for mask in out["assistant_masks"]]
+
+    def takes(self, name: str) -> bool:
+        """Whether a row's value of this name reaches the template: it reads it, or others are known to."""
+        return name in KNOWN_OPTIONS or name in self._reads
+
+    @cached_property
+    def _reads(self) -> frozenset[str]:
+        if not self.is_jinja:
+            return frozenset()
+        written = self.base.chat_template
+        return frozenset().union(*map(template.reads, written.values() if isinstance(written, dict) else [written]))
+
+    def _bounded(self, options: dict[str, Any]) -> dict[str, str]:
+        """The template to render with, under limits; nothing where it is code of mlx-lm or of a tokenizer."""
+        if not self.is_jinja:
+            return {}
+        written = self.base.chat_template
+        source = self.base.get_chat_template(None, options.get("tools")) if isinstance(written, dict) else written
+        return {"chat_template": template.bounded(source)}
 
     def identity(self) -> str:
         """Hash of everything that decides which tokens a text or a conversation becomes."""
@@ -171,6 +200,13 @@ class Words:
             return "", np.zeros(0, np.int32)
         token = self.base.convert_ids_to_tokens(int(ids[special[-1]]))
         return token + header.rpartition(token)[2], ids[special[-1] :]
+
+
+def _unicode_or_error(text: str) -> str | RowError:
+    try:
+        return check_unicode(text, "text of the chat template")
+    except RowError as error:
+        return error
 
 
 _known: list[tuple[Any, Any, Words]] = []  # the tokenizers asked for last
