@@ -25,10 +25,23 @@ class Encoded:
     def token_at(self, char: int) -> int:
         """Index of the token that holds this character; at the end of the text, the number of tokens."""
         if self._encoding is not None:
-            index = self._encoding.char_to_token(char) if char < len(self.text) else len(self.ids)
+            index = self._index(char) if char < len(self.text) else len(self.ids)
             if index is not None:
                 return index
         return common_prefix(self._words.encode([self.text[:char]])[0].ids, self.ids)
+
+    def _index(self, char: int) -> int | None:
+        """The encoding's own `char_to_token`, which goes through all tokens, by bisection where they stand in order."""
+        starts, ends, ordered = self._offsets
+        if not ordered:
+            return self._encoding.char_to_token(char)
+        index = int(np.searchsorted(ends, char, "right"))
+        return index if index < len(ends) and starts[index] <= char else None
+
+    @cached_property
+    def _offsets(self) -> tuple[np.ndarray, np.ndarray, bool]:
+        starts, ends = np.array(self._encoding.offsets, np.int64).reshape(-1, 2).T
+        return starts, ends, bool((np.diff(starts) >= 0).all() and (np.diff(ends) >= 0).all())
 
 
 class Words:
