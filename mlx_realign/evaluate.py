@@ -279,7 +279,7 @@ def recorder(path: Path, stack: ExitStack) -> Record:
 
     def record(row: dict[str, Any]) -> None:
         if not opened:
-            opened.append(stack.enter_context(open(path, "x", encoding="utf-8")))
+            opened.append(stack.enter_context(open(path, "x", encoding="utf-8", errors="backslashreplace")))
         opened[0].write(json.dumps(row, ensure_ascii=False) + "\n")
 
     return record

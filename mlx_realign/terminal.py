@@ -5,6 +5,7 @@ change titles, hide lines or turn the direction of writing; a terminal is shown 
 Files, pipes and JSON get a text as it is.
 """
 
+import io
 import re
 import sys
 from collections.abc import Iterable, Iterator
@@ -80,6 +81,8 @@ class Shown:
 def shown() -> Iterator[None]:
     """While the block runs, standard output and standard error make texts visible where they are terminals."""
     before = sys.stdout, sys.stderr
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":  # standard error is so already
+        sys.stdout.reconfigure(errors="backslashreplace")  # what the encoding has no word for ends no run
     sys.stdout, sys.stderr = _shown(sys.stdout), _shown(sys.stderr, bars=True)
     try:
         yield

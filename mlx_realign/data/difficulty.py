@@ -94,6 +94,11 @@ def difficulty(settings: DifficultySettings) -> dict[str, Any]:
     skipped, where the output exists, or nothing is left to write.
     """
     source = sources.resolve(settings.file, settings.split)
+    with sources.unchanged(source):
+        return _difficulty(settings, source)
+
+
+def _difficulty(settings: DifficultySettings, source: Any) -> dict[str, Any]:
     keys, tallies, bad = _tally(source, settings)
     read = len(keys) + len(bad)
     if bad and not settings.skip_bad_rows:

@@ -23,6 +23,7 @@ from .messages import (
     check_prompt,
     check_system,
     check_text,
+    check_texts,
     kind_of,
     read_transcript,
     up_to_trained,
@@ -35,6 +36,8 @@ def parse(row: Any, format: str) -> Row:
         raise RowError(f"a row must be a JSON object, found {kind_of(row)}")
     for keys, read in FORMATS[format]:
         if all(key in row for key in keys):
+            for key in _READ[format] & row.keys():
+                check_texts(row[key], key)
             return read(row)._replace(options=_options(row), metadata=_metadata(row))
     raise RowError(_wrong_keys(row, format))
 
@@ -172,6 +175,11 @@ FORMATS: dict[str, list[tuple[tuple[str, ...], Reader]]] = {
     ],
     "groups": [(keys, read_group) for keys in KEYS],
 }
+
+# Columns whose texts reach a tokenizer; others are handed on as they are.
+_READ = {format: {key for keys, _ in schemas for key in keys} for format, schemas in FORMATS.items()}
+_READ["groups"] -= {"solution", "answer"}
+_READ = {format: keys | {"system", "input", "tools", "chat_template_kwargs"} for format, keys in _READ.items()}
 
 # Groups with responses, by method; `data convert` makes rows of other formats of them.
 GROUPS = {"grpo": ("prompt", "responses"), "rlvr": ("problem", "solution", "responses")}

@@ -21,6 +21,8 @@ RESERVED_OPTIONS = frozenset(
     "tokenizer_kwargs processor_kwargs bos_token eos_token unk_token sep_token pad_token cls_token mask_token "
     "additional_special_tokens raise_exception strftime_now namespace range dict cycler joiner lipsum self".split()
 )
+LONGEST = 1000  # characters of a reason
+DEEPEST = 100  # lists and objects in one another
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 SHAREGPT_ROLES = {
     "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "chatgpt": "assistant",
@@ -30,7 +32,10 @@ SHAREGPT_ROLES = {
 
 
 class RowError(ValueError):
-    """Why one row cannot be used. The caller says where it stands."""
+    """Why one row cannot be used; the caller says where it stands. What it quotes is cut where it is long."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(text if len(text) <= LONGEST else f"{text[: LONGEST // 2]} [...] {text[-LONGEST // 2 :]}")
 
 
 class Row(NamedTuple):
@@ -113,6 +118,29 @@ def check_unicode(value: str, name: str) -> str:
     except UnicodeEncodeError as error:
         half = value[error.start].encode("unicode_escape").decode()
         raise RowError(f"'{name}' holds {half}, half of a character, at position {error.start + 1}") from None
+
+
+def check_texts(value: Any, name: str) -> None:
+    """RowError where a text or a key anywhere in a JSON value holds half of a character, or it is nested too deeply."""
+    rest = [(value, name, 0)]
+    while rest:
+        one, name, depth = rest.pop()
+        if isinstance(one, str):
+            check_unicode(one, name)
+        elif isinstance(one, dict | list) and depth > DEEPEST:
+            raise RowError(f"'{name[:100]}' is nested more than {DEEPEST} deep")
+        elif isinstance(one, dict):
+            for key in one:
+                if isinstance(key, str):
+                    check_unicode(key, f"a key of {name}")
+            rest += [(part, f"{name}.{key}", depth + 1) for key, part in one.items() if not _is_plain(part)]
+        elif isinstance(one, list | tuple):
+            rest += [(part, f"{name}[{i}]", depth + 1) for i, part in enumerate(one) if not _is_plain(part)]
+
+
+def _is_plain(value: Any) -> bool:
+    """What holds no half of a character, seen at a glance."""
+    return value.isascii() if isinstance(value, str) else not isinstance(value, dict | list | tuple)
 
 
 def read_transcript(text: str, name: str) -> list[Message]:

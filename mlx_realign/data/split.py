@@ -58,6 +58,11 @@ def split(settings: SplitSettings) -> dict[str, Any]:
     UserError, and no folder, where the output exists, a row is bad and may not be skipped, or the problems are too few.
     """
     source, output = sources.resolve(settings.file, settings.split), Path(settings.output).expanduser()
+    with sources.unchanged(source):
+        return _split(settings, source, output)
+
+
+def _split(settings: SplitSettings, source: Any, output: Path) -> dict[str, Any]:
     keys, bad = _keys(source)
     if bad and not settings.skip_bad_rows:
         refuse(settings.file, len(keys) + len(bad), bad)

@@ -11,7 +11,7 @@ import numpy as np
 
 from ..errors import UserError
 from . import template
-from .messages import KNOWN_OPTIONS, Message, RowError, check_unicode
+from .messages import KNOWN_OPTIONS, Message, RowError, check_texts, check_unicode
 
 _SENTINEL = "qzjxvkw"  # letters that no template contains, in one word that no template trims
 
@@ -260,6 +260,10 @@ def encode_prompt(prompt: str | list[Message], tokenizer: Any, chat_template: bo
     without a template, or the template refuses them.
     """
     words = words_of(tokenizer)
+    try:
+        check_texts(prompt, "prompt")
+    except RowError as error:
+        raise UserError(str(error)) from None
     if chat_template and words.has_template:
         talk = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
         text = words.render([talk], {}, generate=True)[0]

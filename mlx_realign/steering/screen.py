@@ -195,7 +195,7 @@ def write(source: Path | sources.Rows, scored: list[Scored], output: Path, setti
     ranks = dict(zip((scored[i].line for i in order), range(1, len(order) + 1), strict=True))
     scores = {one.line: one.scores for one in scored}
     most = float("inf") if settings.drop_above is None else settings.drop_above
-    with open(output, "x", encoding="utf-8") as file:
+    with open(output, "x", encoding="utf-8", errors="backslashreplace") as file:
         for line, row in sources.read(source):
             if line not in scores or scores[line][0] > most:
                 continue
