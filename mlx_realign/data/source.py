@@ -7,7 +7,6 @@ import os
 import re
 import stat
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -105,12 +104,9 @@ def content_hash(source: Path | Rows) -> str:
     return digest.hexdigest()
 
 
-@contextmanager
-def unchanged(source: Path | Rows) -> Iterator[None]:
-    """For a block that reads a file more than once: UserError where it is another file, or written to, by the end."""
-    before = _stamp(source)
-    yield
-    if _stamp(source) != before:
+def check_unchanged(source: Path | Rows, before: tuple[int, ...]) -> None:
+    """UserError where a file that is read more than once is no longer what `stamp` saw."""
+    if stamp(source) != before:
         raise changed(source)
 
 
@@ -119,7 +115,8 @@ def changed(source: Path | Rows) -> UserError:
     return UserError(f"{source}: was changed while it was read. Start again once nothing writes to it")
 
 
-def _stamp(source: Path | Rows) -> tuple[int, ...]:
+def stamp(source: Path | Rows) -> tuple[int, ...]:
+    """Which file it is, and when it was written last."""
     if not isinstance(source, Path):
         return ()
     try:
