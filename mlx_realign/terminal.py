@@ -8,8 +8,10 @@ Files, pipes and JSON get a text as it is.
 import io
 import re
 import sys
+import traceback
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from types import TracebackType
 from typing import IO, Any, TextIO
 
 import rich.console
@@ -84,10 +86,18 @@ def shown() -> Iterator[None]:
     if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":  # standard error is so already
         sys.stdout.reconfigure(errors="backslashreplace")  # what the encoding has no word for ends no run
     sys.stdout, sys.stderr = _shown(sys.stdout), _shown(sys.stderr, bars=True)
+    if sys.excepthook is sys.__excepthook__:
+        sys.excepthook = _trace
     try:
         yield
     finally:
         sys.stdout, sys.stderr = before
+
+
+def _trace(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """A fault of the program, which may quote a row too."""
+    text = "".join(traceback.format_exception(kind, error, trace))
+    sys.stderr.write(visible(text) if sys.stderr.isatty() else text)
 
 
 def _shown(stream: Any, *, bars: bool = False) -> Any:

@@ -2,6 +2,8 @@
 """What acts on a terminal is shown by name there, and goes into files as it is."""
 
 import io
+import json
+import re
 import sys
 
 import pytest
@@ -9,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from mlx_realign import cli
+from mlx_realign.data import show
 from mlx_realign.errors import UserError
 from mlx_realign.progress import Reporter
 from mlx_realign.terminal import Console, Shown, visible
@@ -61,6 +64,38 @@ def test_pipes_and_files_get_texts_as_they_are(monkeypatch):
     monkeypatch.setattr(sys, "stdout", io.StringIO())
     assert cli.run(lambda _: print(EVIL), []) == 0
     assert isinstance(sys.stdout, io.StringIO) and sys.stdout.getvalue() == EVIL + "\n"
+
+
+def test_a_fault_of_the_program_is_shown_so_too(monkeypatch):
+    monkeypatch.setattr(sys, "excepthook", sys.__excepthook__)
+
+    def main(argv: list[str]) -> int:
+        raise ValueError(EVIL)
+
+    with pytest.raises(ValueError) as error:
+        cli.run(main, [])
+    for screen, shown in ((Screen(), SHOWN), (io.StringIO(), EVIL)):
+        monkeypatch.setattr(sys, "stderr", screen)
+        sys.excepthook(ValueError, error.value, None)
+        assert screen.getvalue() == f"ValueError: {shown}\n"
+
+
+def test_what_the_output_has_no_word_for_ends_no_command(monkeypatch):
+    out = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", out)
+    assert cli.run(lambda _: print(json.dumps({"text": "é\ud800"}, ensure_ascii=False)), []) == 0
+    out.flush()
+    assert out.buffer.getvalue() == b'{"text": "\\xe9\\ud800"}\n'  # type: ignore[attr-defined]
+
+
+def test_shown_rows_act_on_no_terminal():
+    out = Screen()
+    completion = {"runs": [{"text": EVIL, "trained": True}], "mask": [True]}
+    rows = [{"line": 1, "prompt": EVIL, "prompt_tokens": 1, "completions": [completion]}, {"line": 2, "error": EVIL}]
+    show.write(rows, Console(file=out, force_terminal=True, color_system="standard", width=200))
+    text = re.sub(r"\x1b\[[\d;]*m", "", out.getvalue())  # colours
+    assert text.count(SHOWN.replace(r"\x07", "").replace(r"\r", "")) == 3  # rich leaves out BEL and CR
+    assert not re.search(r"[\x1b\x07\r\x7f\x80-\x9f\u202e]", text)
 
 
 def test_bars_of_downloads_go_on_moving_on_standard_error_alone():

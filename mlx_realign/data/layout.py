@@ -80,7 +80,8 @@ def _lay_out(
     examples: list[list[Layout]] = [[]]
     seen: Counter = Counter()
     for talk, steps, found, counted in plan:
-        seen.update(counted)
+        for name, count in counted.items():
+            seen[name] += count
         turns = []
         for k, opening, text in steps:
             span = _span(texts[opening], texts[text], talk[:k], row.options, words, seen)

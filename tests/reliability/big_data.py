@@ -81,7 +81,7 @@ def measure(path: Path, command: str, folder: Path) -> None:
     tokenizer = _tokenizer("tiny-chat")
     first = folder / "first.jsonl"
     first.write_text('{"prompt": "a", "completion": "b"}\n')
-    settings = TrainSettings(max_length=None)
+    settings = TrainSettings(max_length=10**9)
     data.load(first, tokenizer, format="sft", settings=settings)
     before, began = peak(), time.perf_counter()
     if command == "load":
@@ -118,9 +118,7 @@ def run(name: str, mb: float) -> bool:
 def main() -> int:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "cases", nargs="*", metavar="CASE", help=f"which of {', '.join(CASES)}; all where none is named"
-    )
+    parser.add_argument("cases", nargs="*", metavar="CASE", help=f"some of {', '.join(CASES)}; all where none is named")
     parser.add_argument("--mb", type=float, default=1000, help="size of the large file")
     parser.add_argument("--measure", nargs=2, help=argparse.SUPPRESS)
     words = parser.parse_args()
