@@ -24,7 +24,6 @@ from types import ModuleType
 from typing import Any
 
 import numpy as np
-from rich.console import Console
 
 from . import adapter, capture, cli, files, flags, steerability, taps, vectors
 from . import writers as writers_module
@@ -39,6 +38,7 @@ from .errors import UserError
 from .policy import Policy
 from .steering import pairs
 from .steering.pairs import Contrast
+from .terminal import Console
 from .vectors import Direction
 from .writers import Writer
 

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from importlib import metadata
 from pathlib import Path
 
-from . import blas, ends, streams
+from . import blas, ends, streams, terminal
 from .errors import UserError
 from .flags import nearest
 
@@ -34,7 +34,7 @@ def run(main: Callable[[list[str]], int | None], argv: Sequence[str] | None = No
     """Runs a command's `main` and returns its exit code. A UserError is one message on standard error and code 2."""
     words = list(sys.argv[1:] if argv is None else argv)
     try:
-        with streams.surviving(), ends.raised():
+        with streams.surviving(), terminal.shown(), ends.raised():
             return _code(main, words)
     except OSError as error:
         if error.filename != streams.NAME:

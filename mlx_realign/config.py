@@ -288,7 +288,7 @@ def _read_recipe(name: str) -> dict[str, tuple[str, Any]]:
         raise UserError(f"--config {name}: no such file. Recipes in the package: {', '.join(own) or 'none'}.") from None
     except (OSError, ValueError) as error:  # not readable, not UTF-8, not TOML; TOML errors name line and column
         raise UserError(f"--config {name}: {error}") from None
-    starts = [line.split("=")[0].strip().strip("[]\"'") for line in text.splitlines()]
+    starts = [line.split("=")[0].strip().strip("[]\"'") for line in text.split("\n")]
     lines = {key: starts.index(key) + 1 if key in starts else 1 for key in values}
     return {key: (f"{name} line {lines[key]}: {key}", value) for key, value in values.items()}
 

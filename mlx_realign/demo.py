@@ -18,7 +18,6 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from rich.console import Console
 from rich.table import Table
 
 from . import cli, flags, rollout, steering, vectors
@@ -26,6 +25,7 @@ from . import demo_world as world
 from .errors import UserError
 from .loading import EMBEDDED
 from .policy import Policy
+from .terminal import Console
 
 MAX_NEW_TOKENS = 40
 

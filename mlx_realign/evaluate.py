@@ -19,8 +19,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from rich.console import Console
-
 from . import adapter, cli, data, flags, rollout, verifiers, ways
 from .config import TrainSettings
 from .data import formats, pipeline
@@ -31,6 +29,7 @@ from .errors import UserError
 from .evaluate_answers import Answers, Bench, Problem, measure
 from .evaluate_report import compare, summarise, write
 from .policy import Policy
+from .terminal import Console
 from .verifiers.combine import weigh
 
 USUAL_K = (1, 4, 8)
@@ -280,7 +279,7 @@ def recorder(path: Path, stack: ExitStack) -> Record:
 
     def record(row: dict[str, Any]) -> None:
         if not opened:
-            opened.append(stack.enter_context(open(path, "x", encoding="utf-8")))
+            opened.append(stack.enter_context(open(path, "x", encoding="utf-8", errors="backslashreplace")))
         opened[0].write(json.dumps(row, ensure_ascii=False) + "\n")
 
     return record

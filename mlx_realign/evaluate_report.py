@@ -8,12 +8,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from rich import box
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from .evaluate_answers import Answers, Judged
 from .intervals import clustered, paired, pass_at_k, sign_test
+from .terminal import Console
 from .verifiers import Verifier
 
 WIDE_COLUMNS = 100  # from here on an interval stands beside its share instead of below it

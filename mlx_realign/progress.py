@@ -8,12 +8,12 @@ from contextlib import AbstractContextManager, nullcontext
 from types import TracebackType
 from typing import Any, TextIO
 
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Column
 
 from . import streams
 from .runfolder import as_json
+from .terminal import Console
 
 SHOWN = {"loss": "loss", "eval_loss": "eval_loss", "kl": "KL"}  # metric -> its name on the line
 SHOWN |= {"reward": "reward", "eval_reward": "eval_reward"}

@@ -182,13 +182,13 @@ class RunFolder:
 
     def last_row(self) -> dict[str, Any]:
         """The last row of metrics.jsonl that is of a step, or {}."""
-        rows = [json.loads(line) for line in self.metrics_path.read_text().splitlines()]
+        rows = [json.loads(line) for line in lines_of(self.metrics_path)]
         return next((row for row in reversed(rows) if "loss" in row), {})
 
     def keep_samples(self, rows: list[dict[str, Any]]) -> None:
         """Append completions to samples.jsonl. Raises DiskFull."""
         try:
-            with self.samples_path.open("a", encoding="utf-8") as file:
+            with self.samples_path.open("a", encoding="utf-8", errors="backslashreplace") as file:  # JSON's own escape
                 file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         except OSError as error:
             raise checkpoint.DiskFull(checkpoint.cannot_write(self.samples_path, error)) from error
@@ -198,7 +198,7 @@ class RunFolder:
         if not path.exists():
             return
         kept = []
-        for line in path.read_text(errors="replace").splitlines():
+        for line in lines_of(path):
             try:
                 if json.loads(line)["step"] <= step:
                     kept.append(line + "\n")
@@ -237,6 +237,11 @@ def write_model(policy: Policy, folder: Path) -> None:
         checkpoint.sync(file)
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(temporary, folder)
+
+
+def lines_of(path: Path) -> list[str]:
+    """JSON lines, split at newlines alone: U+2028 and others that `splitlines` knows stand in strings as they are."""
+    return [line for line in path.read_text(encoding="utf-8", errors="replace").split("\n") if line]
 
 
 def as_flag(value: Any) -> str:

@@ -22,7 +22,6 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 from rich import box
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
@@ -39,6 +38,7 @@ from .steering.extract import Settings as ExtractSettings
 from .steering.gate import Settings as GateSettings
 from .steering.monitor import Settings as MonitorSettings
 from .steering.screen import Settings as ScreenSettings
+from .terminal import Console
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from mlx_realign.ablation import scorers
 from mlx_realign.errors import UserError
 from mlx_realign.steering import pairs
 
@@ -142,3 +143,11 @@ def test_missing_files_folders_bytes_and_flags_that_do_not_go_together(tmp_path)
     labelled = write(tmp_path, "c.jsonl", *({"prompt": c, "label": c * 3} for c in "ab"))
     with pytest.raises(UserError, match="Did you mean aaa"):
         pairs.read(labelled, positive_label="aab")
+
+
+def test_lines_of_text_files_end_at_newlines_alone(tmp_path):
+    lines = ["a\u2028b", "c\x85d\x0b\x0c\x1ce", "f"]
+    path = tmp_path / "prompts.txt"
+    path.write_bytes("\r\n".join(lines).encode())
+    assert [row["prompt"] for _, row in pairs._rows(path, "--positive")] == lines
+    assert [row["text"] for row in scorers._rows(str(path), ["text"])] == lines

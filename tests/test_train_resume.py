@@ -12,6 +12,9 @@ import pytest
 from train_tools import Run, launch, pair_rows, sft_rows, start_process, write_rows
 
 from mlx_realign import UserError
+from mlx_realign.config import TrainSettings
+from mlx_realign.methods import sft
+from mlx_realign.runfolder import RunFolder
 
 EVERY_STEP = ("--save-every", 1)
 
@@ -222,3 +225,20 @@ def test_a_checkpoint_too_many_of_a_killed_run_goes(tiny_model_dir, tmp_path, sp
     kept = run.checkpoints
     shutil.copytree(run.folder / "checkpoints" / "step-000003", run.folder / "checkpoints" / "step-000001")
     assert launch(run.folder, tiny_model_dir, split, *words, "--resume").checkpoints == kept
+
+
+def test_a_resumed_run_keeps_sample_rows_whatever_characters_they_hold(tmp_path):
+    """U+2028, U+0085 and others end lines for `str.splitlines`, not in JSON lines."""
+    settings = TrainSettings(model="m", data="rows", output=str(tmp_path))
+    folder = RunFolder(settings, "sft", sft.Config())
+    texts = ["a\u2028b", "a\x85b", "a\x0b\x0c\x1c\x1d\x1e\u2029b", "plain"]
+    folder.keep_samples([{"step": 1 + i // 3, "completion": text, "loss": 0.5} for i, text in enumerate(texts)])
+    before = folder.samples_path.read_bytes()
+    folder.metrics_path.write_text(json.dumps({"step": 1, "loss": 1, "x": "\u2028"}, ensure_ascii=False) + "\n")
+    with folder.samples_path.open("ab") as file:
+        file.write(b'{"step": 2, "comp')
+    folder._cut(folder.samples_path, 2)
+    assert folder.samples_path.read_bytes() == before
+    folder._cut(folder.samples_path, 1)
+    assert len(folder.samples_path.read_bytes().split(b"\n")) == 3 + 1
+    assert folder.last_row()["x"] == "\u2028"

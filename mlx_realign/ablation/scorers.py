@@ -268,7 +268,7 @@ def _rows(file: str, keys: Sequence[str]) -> list[dict[str, Any]]:
     if not path.is_file():
         raise UserError(f"--scorers: there is no file {file}.")
     if path.suffix == ".txt" and "text" in keys:
-        rows = [{"text": line} for line in read_text(path, "--scorers").splitlines() if line.strip()]
+        rows = [{"text": line} for line in read_text(path, "--scorers").split("\n") if line.strip()]
         if not rows:
             raise UserError(f"{file}: holds no text.")
         return rows

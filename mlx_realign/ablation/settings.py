@@ -257,7 +257,7 @@ def markers_of(settings: Settings) -> tuple[str, ...]:
     if len(settings.markers) > 1:
         return settings.markers
     if Path(named).expanduser().is_file():
-        found = tuple(line.strip() for line in read_text(named, "--markers").splitlines() if plain(line))
+        found = tuple(line.strip() for line in read_text(named, "--markers").split("\n") if plain(line))
         if not found:
             raise UserError(f"--markers {named}: holds no line. Give one marker per line.")
         return found

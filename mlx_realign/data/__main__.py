@@ -16,10 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 from .. import cli, flags, loading, methods
 from ..errors import UserError
+from ..terminal import Console
 from .convert import ConvertSettings, convert, why_skipped
 from .difficulty import DifficultySettings, difficulty
 from .difficulty import lines_of as difficulty_lines

@@ -152,7 +152,7 @@ def _end(text: Encoded, span: Span, start: int, words: Words) -> int:
     """Index behind the last token of a turn; a token that reaches across the end belongs to the turn."""
     if span.end == len(text.text):
         return len(text.ids)
-    if words.end_token and words.end_token not in text.text[span.end :]:  # the last one in the text is this turn's
+    if words.end_token and text.text.find(words.end_token, span.end) < 0:  # the last one in the text is this turn's
         ends = np.flatnonzero(text.ids[start:] == words.end_id)
         if len(ends) and text.text.endswith(words.end_token, 0, span.end):
             return start + int(ends[-1]) + 1

@@ -94,6 +94,7 @@ def difficulty(settings: DifficultySettings) -> dict[str, Any]:
     skipped, where the output exists, or nothing is left to write.
     """
     source = sources.resolve(settings.file, settings.split)
+    before = sources.stamp(source)
     keys, tallies, bad = _tally(source, settings)
     read = len(keys) + len(bad)
     if bad and not settings.skip_bad_rows:
@@ -122,6 +123,7 @@ def difficulty(settings: DifficultySettings) -> dict[str, Any]:
             if line in kept:
                 tally = tallies.get(keys[line])
                 write_rows(file, [{**value, "pass_rate": tally.rate} if tally else value])
+        sources.check_unchanged(source, before)
     return found
 
 

@@ -41,6 +41,7 @@ class Encoder:
 
         UserError where the whole file cannot be used with this tokenizer.
         """
+        rows = [(line, self._only_what_is_read(row)) for line, row in rows]
         for _, row in rows:
             if row.skipped:  # Counter.update is slow, and most rows skip nothing
                 self.counts.update(row.skipped)
@@ -61,6 +62,13 @@ class Encoder:
             parts = found[i]
             outcomes.append([parts] if isinstance(parts, RowError) else [self._finish(line, row, p) for p in parts])
         return outcomes
+
+    def _only_what_is_read(self, row: Row) -> Row:
+        """The row without options that the template does not read: what reaches the call is allowed by name."""
+        if not (self.templated and row.options) or all(map(self.words.takes, row.options)):
+            return row
+        self.counts["options_unread"] += 1
+        return row._replace(options={key: value for key, value in row.options.items() if self.words.takes(key)})
 
     def _is_raw_chat(self, line: int, row: Row) -> bool:
         if not is_conversation(row):

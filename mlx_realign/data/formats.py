@@ -12,6 +12,7 @@ from typing import Any
 
 from .groups import KEYS, read_group
 from .messages import (
+    RESERVED_OPTIONS,
     SHAREGPT_ROLES,
     Content,
     Message,
@@ -22,6 +23,7 @@ from .messages import (
     check_prompt,
     check_system,
     check_text,
+    check_texts,
     kind_of,
     read_transcript,
     up_to_trained,
@@ -34,6 +36,8 @@ def parse(row: Any, format: str) -> Row:
         raise RowError(f"a row must be a JSON object, found {kind_of(row)}")
     for keys, read in FORMATS[format]:
         if all(key in row for key in keys):
+            for key in _READ[format] & row.keys():
+                check_texts(row[key], key)
             return read(row)._replace(options=_options(row), metadata=_metadata(row))
     raise RowError(_wrong_keys(row, format))
 
@@ -172,6 +176,11 @@ FORMATS: dict[str, list[tuple[tuple[str, ...], Reader]]] = {
     "groups": [(keys, read_group) for keys in KEYS],
 }
 
+# Columns whose texts reach a tokenizer; others are handed on as they are.
+_READ = {format: {key for keys, _ in schemas for key in keys} for format, schemas in FORMATS.items()}
+_READ["groups"] -= {"solution", "answer"}
+_READ = {format: keys | {"system", "input", "tools", "chat_template_kwargs"} for format, keys in _READ.items()}
+
 # Groups with responses, by method; `data convert` makes rows of other formats of them.
 GROUPS = {"grpo": ("prompt", "responses"), "rlvr": ("problem", "solution", "responses")}
 
@@ -267,6 +276,9 @@ def _options(row: dict) -> dict[str, Any]:
     kwargs = row.get("chat_template_kwargs")
     if kwargs is not None and not isinstance(kwargs, dict):
         raise RowError(f"'chat_template_kwargs' must be an object, found {kind_of(kwargs)}")
+    for key in kwargs or {}:
+        if key in RESERVED_OPTIONS:
+            raise RowError(f"'chat_template_kwargs.{key}' is not a row's to set; it may hold values the template reads")
     return {**options, **(kwargs or {})}
 
 

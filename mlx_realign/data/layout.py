@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from .formats import Row, as_messages
+from .long import LEAST, find_turns
 from .messages import Message, RowError, is_trained
 from .tokens import Words, shared_text
 
@@ -54,15 +55,16 @@ def lay_out_rows(rows: Sequence[Row], words: Words, counts: Counter) -> list[lis
         for completion in completions:
             talk = prompt + completion
             steps = []
-            for k in range(len(prompt), len(talk)):
-                if not is_trained(talk[k]):
-                    continue
+            trained = [k for k in range(len(prompt), len(talk)) if is_trained(talk[k])]
+            seen: Counter = Counter()
+            found = find_turns(talk, trained, row.options, words, seen, _span) if len(trained) >= LEAST else None
+            for k in trained if found is None else ():
                 if k != len(prompt):
                     jobs.append((talk[:k], row.options, True))
                 opening = first if k == len(prompt) else len(jobs) - 1
                 jobs.append((talk[: k + 1], row.options, False))
                 steps.append((k, opening, len(jobs) - 1))
-            plan.append((talk, steps))
+            plan.append((talk, steps, found, seen))
         plans.append((first, plan))
     texts = render(jobs, words)
     return [_lay_out(row, first, plan, texts, words, counts) for row, (first, plan) in zip(rows, plans, strict=True)]
@@ -71,29 +73,31 @@ def lay_out_rows(rows: Sequence[Row], words: Words, counts: Counter) -> list[lis
 def _lay_out(
     row: Row, first: int, plan: list, texts: list, words: Words, counts: Counter
 ) -> list[list[Layout]] | RowError:
-    used = [texts[first], *(texts[n] for _, steps in plan for step in steps for n in step[1:])]
+    used = [texts[first], *(texts[n] for _, steps, *_ in plan for step in steps for n in step[1:])]
     error = next((text for text in used if isinstance(text, RowError)), None)
     if error:
         return error
     examples: list[list[Layout]] = [[]]
     seen: Counter = Counter()
-    for talk, steps in plan:
+    for talk, steps, found, counted in plan:
+        for name, count in counted.items():
+            seen[name] += count
         turns = []
         for k, opening, text in steps:
             span = _span(texts[opening], texts[text], talk[:k], row.options, words, seen)
             if span is not None:
                 turns.append((k, Turn(texts[opening], texts[text], span)))
         seen["turns_unverified"] += len(steps) - len(turns)
-        if not turns:
+        if not turns and found is None:
             return RowError("the chat template renders no assistant turn where the model would generate it")
-        layouts = _group(talk, turns)
+        layouts = _group(talk, turns) if found is None else [Layout(talk, found.opening, found.text, found.spans, True)]
         if len(plan) == 1:
             examples = [[layout] for layout in layouts]
             seen["rows_split"] += len(layouts) > 1
         else:  # completions that share a prompt cannot be split; the last group has the last turn
             opening = texts[first]
             examples[0].append(layouts[-1]._replace(opening=opening, opens=layouts[-1].opening == opening))
-            seen["turns_rewritten"] += len(turns) - len(layouts[-1].spans)
+            seen["turns_rewritten"] += len(turns) - len(layouts[-1].spans) if found is None else 0
     trained = [len(layout.spans) for group in examples for layout in group]
     seen["turns_trained"] += sum(trained)
     if words.end_token is None:

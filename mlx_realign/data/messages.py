@@ -8,6 +8,21 @@ from typing import Any, NamedTuple
 Message = dict[str, Any]
 Content = str | list[Message]
 
+# Values of chat_template_kwargs that templates of known families read. Others are handed on to a template that reads
+# them, and none of RESERVED: these are arguments of the call, or what the template library itself gives a template.
+KNOWN_OPTIONS = frozenset(
+    "tools documents enable_thinking thinking thinking_mode thinking_budget reasoning reasoning_effort "
+    "preserve_thinking clear_thinking custom_instructions xml_tools python_tools builtin_tools model_identity "
+    "date_string tools_in_user_message citation_mode".split()
+)
+RESERVED_OPTIONS = frozenset(
+    "conversation conversations messages chat_template add_generation_prompt continue_final_message tokenize "
+    "sanitize_control_tokens padding truncation max_length return_tensors return_dict return_assistant_tokens_mask "
+    "tokenizer_kwargs processor_kwargs bos_token eos_token unk_token sep_token pad_token cls_token mask_token "
+    "additional_special_tokens raise_exception strftime_now namespace range dict cycler joiner lipsum self".split()
+)
+LONGEST = 1000  # characters of a reason
+DEEPEST = 100  # lists and objects in one another
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 SHAREGPT_ROLES = {
     "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "chatgpt": "assistant",
@@ -17,7 +32,10 @@ SHAREGPT_ROLES = {
 
 
 class RowError(ValueError):
-    """Why one row cannot be used. The caller says where it stands."""
+    """Why one row cannot be used; the caller says where it stands. What it quotes is cut where it is long."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(text if len(text) <= LONGEST else f"{text[: LONGEST // 2]} [...] {text[-LONGEST // 2 :]}")
 
 
 class Row(NamedTuple):
@@ -52,7 +70,7 @@ def _message(message: Any, name: str) -> Message:
         content = _parts(content, name)
         message = {**message, "content": content}
     if isinstance(content, str):
-        empty = not _unicode(content, f"{name}.content").strip()
+        empty = not check_unicode(content, f"{name}.content").strip()
     elif content is None:
         empty = True
     else:
@@ -90,16 +108,39 @@ def check_text(value: Any, name: str) -> str:
         raise RowError(f"'{name}' must be a string, found {kind_of(value)}")
     if not value.strip():
         raise RowError(f"'{name}' is empty")
-    return _unicode(value, name)
+    return check_unicode(value, name)
 
 
-def _unicode(value: str, name: str) -> str:
-    """JSON may hold half of a character that UTF-16 writes as two; no tokenizer takes that."""
+def check_unicode(value: str, name: str) -> str:
+    """The text, or a RowError. JSON may hold half of a character that UTF-16 writes as two; no tokenizer takes that."""
     try:
         return value if value.isascii() or value.encode() else value
     except UnicodeEncodeError as error:
         half = value[error.start].encode("unicode_escape").decode()
         raise RowError(f"'{name}' holds {half}, half of a character, at position {error.start + 1}") from None
+
+
+def check_texts(value: Any, name: str) -> None:
+    """RowError where a text or a key anywhere in a JSON value holds half of a character, or it is nested too deeply."""
+    rest = [(value, name, 0)]
+    while rest:
+        one, name, depth = rest.pop()
+        if isinstance(one, str):
+            check_unicode(one, name)
+        elif isinstance(one, dict | list) and depth > DEEPEST:
+            raise RowError(f"'{name[:100]}' is nested more than {DEEPEST} deep")
+        elif isinstance(one, dict):
+            for key in one:
+                if isinstance(key, str):
+                    check_unicode(key, f"a key of {name}")
+            rest += [(part, f"{name}.{key}", depth + 1) for key, part in one.items() if not _is_plain(part)]
+        elif isinstance(one, list | tuple):
+            rest += [(part, f"{name}[{i}]", depth + 1) for i, part in enumerate(one) if not _is_plain(part)]
+
+
+def _is_plain(value: Any) -> bool:
+    """What holds no half of a character, seen at a glance."""
+    return value.isascii() if isinstance(value, str) else not isinstance(value, dict | list | tuple)
 
 
 def read_transcript(text: str, name: str) -> list[Message]:

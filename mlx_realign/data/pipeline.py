@@ -17,7 +17,7 @@ from .encode import Encoder, TooLong
 from .formats import FORMATS, Row, accepted, parse
 from .messages import RowError
 
-VERSION = 2  # raise it when the same rows become other tokens
+VERSION = 3  # raise it when the same rows become other tokens
 _CHUNK_ROWS, _CHUNK_CHARS = 1000, 4_000_000  # what one call of the tokenizer gets; a larger row goes alone
 _SHOWN = 20
 
@@ -47,13 +47,15 @@ def load(
         max_length=settings.max_length,
         truncate=settings.truncate,
     )
-    fingerprint = _fingerprint(source, encoder, format, settings)
+    content = sources.content_hash(source)
+    fingerprint = _fingerprint(content, encoder, format, settings)
     found = store.find(fingerprint)
-    return found if found is not None else _build(source, encoder, format, settings, fingerprint, progress)
+    return found if found is not None else _build(source, content, encoder, format, settings, fingerprint, progress)
 
 
 def _build(
     source: Path | sources.Rows,
+    content: str,
     encoder: Encoder,
     format: str,
     settings: TrainSettings,
@@ -62,12 +64,15 @@ def _build(
 ) -> store.Dataset:
     name = str(source) if isinstance(source, Path) else "rows"
     problems = Problems(name, format, settings)
+    digest = hashlib.blake2b(digest_size=16)
     with store.Writer(fingerprint) as writer:
-        for chunk in chunks(source, format, problems):
+        for chunk in chunks(source, format, problems, digest):
             if not problems.fatal:  # else only look for what else is wrong
                 writer.add(examples(chunk, encoder, problems))
             if progress is not None:
                 progress(problems.read)
+        if isinstance(source, Path) and digest.hexdigest() != content:
+            raise sources.changed(source)
         problems.check(writer.rows)
         return writer.finish(_report(writer, encoder, problems))
 
@@ -141,11 +146,16 @@ class Problems:
             raise UserError(f"{self.name}: no row is left: of {self.read} rows {reasons}")
 
 
-def chunks(source: Path | sources.Rows, format: str, problems: Problems) -> Iterator[list[tuple[int, Row]]]:
-    """Rows that can be read, in pieces that fit into memory; what is wrong with the others goes to `problems`."""
+def chunks(
+    source: Path | sources.Rows, format: str, problems: Problems, digest: Any = None
+) -> Iterator[list[tuple[int, Row]]]:
+    """Rows that can be read, in pieces that fit into memory; what is wrong with the others goes to `problems`.
+
+    digest: a hash that gets all bytes of the file.
+    """
     chunk: list[tuple[int, Row]] = []
     chars = 0
-    for line, value in sources.read(source):
+    for line, value in sources.read(source, digest):
         problems.read += 1
         try:
             if isinstance(value, RowError):
@@ -168,10 +178,10 @@ def _chars(row: Row) -> int:
     return sum(len(t) if isinstance(t, str) else sum(len(m.get("content") or "") for m in t) for t in texts)
 
 
-def _fingerprint(source: Path | sources.Rows, encoder: Encoder, format: str, settings: TrainSettings) -> str:
+def _fingerprint(content: str, encoder: Encoder, format: str, settings: TrainSettings) -> str:
     parts = [
         VERSION,
-        sources.content_hash(source),
+        content,
         encoder.words.identity(),
         format,
         settings.chat_template,
@@ -226,6 +236,7 @@ _NOTES = {
     "turns_without_end_token": "{} assistant turns have no end token, so their end is not learned",
     "rows_without_markers": "{} completions have no token between the template's generation markers; their whole "
     "turns are trained",
+    "options_unread": "{} rows have chat_template_kwargs that the chat template does not read",
     "seams": "{} completions share a token with the end of their prompt; it belongs to the completion",
 }
 

@@ -6,16 +6,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.console import Console
 from rich.text import Text
 
 from ..batch import Completion, Example
+from ..terminal import Console
 from . import source as sources
 from .encode import Encoder
 from .formats import FORMATS, fits, parse
 from .messages import RowError
 
 _GUESS = ("unpaired", "pairs", "groups", "sft")  # the one that asks for most keys first
+_BEFORE = 64  # tokens in front of a run that it is decoded behind: any that share a character or a space with it
 
 
 def guess_format(path: str | Path | sources.Rows, split: str) -> str:
@@ -91,12 +92,11 @@ def _describe_completion(prompt: np.ndarray, completion: Completion, encoder: En
     """Runs of tokens are decoded behind what stands before them: alone, a token may lose its space or half a letter."""
     whole = np.concatenate([prompt, completion.tokens])
     runs, at = [], len(prompt)
-    before = _decode(prompt, encoder)
     for trained, group in groupby(completion.mask.tolist()):
+        near, before = max(0, at - _BEFORE), at
         at += len(list(group))
-        text = _decode(whole[:at], encoder)
-        runs.append({"text": text[len(before) :], "trained": trained})
-        before = text
+        text = _decode(whole[near:at], encoder)
+        runs.append({"text": text[len(_decode(whole[near:before], encoder)) :], "trained": trained})
     return {"runs": runs, "tokens": completion.tokens.tolist(), "mask": completion.mask.tolist()}
 
 

@@ -58,6 +58,7 @@ def split(settings: SplitSettings) -> dict[str, Any]:
     UserError, and no folder, where the output exists, a row is bad and may not be skipped, or the problems are too few.
     """
     source, output = sources.resolve(settings.file, settings.split), Path(settings.output).expanduser()
+    before = sources.stamp(source)
     keys, bad = _keys(source)
     if bad and not settings.skip_bad_rows:
         refuse(settings.file, len(keys) + len(bad), bad)
@@ -73,6 +74,7 @@ def split(settings: SplitSettings) -> dict[str, Any]:
                 side = sides[keys[line]]
                 write_rows(files[side], [value])
                 rows[side] += 1
+        sources.check_unchanged(source, before)
     return {
         "rows": {side: rows[side] for side in names},
         "problems": {side: count for side, count in Counter(sides.values()).items()},

@@ -4,12 +4,14 @@
 import hashlib
 import json
 from collections.abc import Iterable, Sequence
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 
 from ..errors import UserError
-from .messages import Message, RowError
+from . import template
+from .messages import KNOWN_OPTIONS, Message, RowError, check_texts, check_unicode
 
 _SENTINEL = "qzjxvkw"  # letters that no template contains, in one word that no template trims
 
@@ -23,10 +25,23 @@ class Encoded:
     def token_at(self, char: int) -> int:
         """Index of the token that holds this character; at the end of the text, the number of tokens."""
         if self._encoding is not None:
-            index = self._encoding.char_to_token(char) if char < len(self.text) else len(self.ids)
+            index = self._index(char) if char < len(self.text) else len(self.ids)
             if index is not None:
                 return index
         return common_prefix(self._words.encode([self.text[:char]])[0].ids, self.ids)
+
+    def _index(self, char: int) -> int | None:
+        """The encoding's own `char_to_token`, which goes through all tokens, by bisection where they stand in order."""
+        starts, ends, ordered = self._offsets
+        if not ordered:
+            return self._encoding.char_to_token(char)
+        index = int(np.searchsorted(ends, char, "right"))
+        return index if index < len(ends) and starts[index] <= char else None
+
+    @cached_property
+    def _offsets(self) -> tuple[np.ndarray, np.ndarray, bool]:
+        starts, ends = np.array(self._encoding.offsets, np.int64).reshape(-1, 2).T
+        return starts, ends, bool((np.diff(starts) >= 0).all() and (np.diff(ends) >= 0).all())
 
 
 class Words:
@@ -44,6 +59,7 @@ class Words:
         self.renderer = getattr(tokenizer, "_chat_template", None) if _is_wrapper(tokenizer) else None
         written = bool(getattr(self.base, "chat_template", None))
         self.has_template = written or self.renderer is not None or "apply_chat_template" in own
+        self.is_jinja = written and self.renderer is None and "apply_chat_template" not in own
         self.has_markers = self.renderer is None and _has_markers(getattr(self.base, "chat_template", None))
         self.eos_id: int | None = self.base.eos_token_id
         self.bos_id: int | None = self.base.bos_token_id
@@ -88,19 +104,23 @@ class Words:
         """Chat template over conversations. A conversation that the template refuses gives a RowError in its place."""
         if not talks:
             return []
-        kwargs = {**options, "add_generation_prompt": generate, "tokenize": False}
+        kwargs = {**options, **self._bounded(options), "add_generation_prompt": generate, "tokenize": False}
         talks = [_as_parts(talk) for talk in talks] if self.parts else talks
         if self.renderer is None:
             try:
                 texts = self.outer.apply_chat_template(list(talks), **kwargs)
                 if isinstance(texts, list) and len(texts) == len(talks):
-                    return texts
+                    return [_unicode_or_error(text) for text in texts]
+            except template.TooMuch:
+                raise
             except Exception:  # a template raises what it likes; found one by one below
                 pass
         out: list[str | RowError] = []
         for talk in talks:
             try:
-                out.append(self.outer.apply_chat_template(talk, **kwargs))
+                out.append(_unicode_or_error(self.outer.apply_chat_template(talk, **kwargs)))
+            except template.TooMuch:
+                raise
             except Exception as error:
                 out.append(RowError(f"the chat template refuses these messages: {error}"))
         return out
@@ -110,9 +130,31 @@ class Words:
         kwargs = {"enable_thinking": self.outer.has_thinking} if _is_wrapper(self.outer) else {}
         talks = [_as_parts(talk) for talk in talks] if self.parts else talks
         out = self.base.apply_chat_template(
-            list(talks), return_dict=True, return_assistant_tokens_mask=True, **{**kwargs, **options}
+            list(talks),
+            return_dict=True,
+            return_assistant_tokens_mask=True,
+            **{**kwargs, **options, **self._bounded(options)},
         )
         return [np.array(mask, bool) for mask in out["assistant_masks"]]
+
+    def takes(self, name: str) -> bool:
+        """Whether a row's value of this name reaches the template: it reads it, or others are known to."""
+        return name in KNOWN_OPTIONS or name in self._reads
+
+    @cached_property
+    def _reads(self) -> frozenset[str]:
+        if not self.is_jinja:
+            return frozenset()
+        written = self.base.chat_template
+        return frozenset().union(*map(template.reads, written.values() if isinstance(written, dict) else [written]))
+
+    def _bounded(self, options: dict[str, Any]) -> dict[str, str]:
+        """The template to render with, under limits; nothing where it is code of mlx-lm or of a tokenizer."""
+        if not self.is_jinja:
+            return {}
+        written = self.base.chat_template
+        source = self.base.get_chat_template(None, options.get("tools")) if isinstance(written, dict) else written
+        return {"chat_template": template.bounded(source)}
 
     def identity(self) -> str:
         """Hash of everything that decides which tokens a text or a conversation becomes."""
@@ -173,6 +215,13 @@ class Words:
         return token + header.rpartition(token)[2], ids[special[-1] :]
 
 
+def _unicode_or_error(text: str) -> str | RowError:
+    try:
+        return check_unicode(text, "text of the chat template")
+    except RowError as error:
+        return error
+
+
 _known: list[tuple[Any, Any, Words]] = []  # the tokenizers asked for last
 
 
@@ -211,6 +260,10 @@ def encode_prompt(prompt: str | list[Message], tokenizer: Any, chat_template: bo
     without a template, or the template refuses them.
     """
     words = words_of(tokenizer)
+    try:
+        check_texts(prompt, "prompt")
+    except RowError as error:
+        raise UserError(str(error)) from None
     if chat_template and words.has_template:
         talk = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
         text = words.render([talk], {}, generate=True)[0]

@@ -20,7 +20,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from rich import box
-from rich.console import Console
 from rich.table import Table
 
 from .. import capture, rollout, verifiers
@@ -29,6 +28,7 @@ from ..errors import UserError
 from ..intervals import Interval, paired, wilson
 from ..policy import Policy
 from ..sampling import Sampling
+from ..terminal import Console
 from . import pairs, report
 from .apply import steer
 from .asked import SteerFlags, UseFlags, load_model, steers_of

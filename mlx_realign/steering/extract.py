@@ -19,13 +19,13 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 import numpy as np
-from rich.console import Console
 
 from .. import capture, directions, rollout, steerability, vectors
 from ..errors import UserError
 from ..policy import Policy
 from ..sampling import Sampling
 from ..steerability import Separation
+from ..terminal import Console
 from ..vectors import About, Direction
 from . import pairs, report, where
 from .asked import ModelFlags, Operator, blocks_of, load_model

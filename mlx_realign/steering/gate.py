@@ -16,13 +16,13 @@ from pathlib import Path
 
 import numpy as np
 from rich import box
-from rich.console import Console
 from rich.table import Table
 
 from .. import capture, vectors
 from ..directions import alike, mean_difference
 from ..errors import UserError
 from ..policy import Policy
+from ..terminal import Console
 from ..vectors import About, Direction
 from . import pairs
 from .asked import ModelFlags, blocks_of, load_model

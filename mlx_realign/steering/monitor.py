@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
-from rich.console import Console
 from rich.text import Text
 
 from .. import capture, rollout, vectors
@@ -22,6 +21,7 @@ from ..data import encode_prompt
 from ..errors import UserError
 from ..policy import Policy
 from ..sampling import Sampling
+from ..terminal import Console
 from ..vectors import Direction
 from .asked import UseFlags, load_model
 

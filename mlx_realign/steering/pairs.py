@@ -138,7 +138,7 @@ def _rows(given: Given, flag: str) -> Iterator[tuple[str, Any]]:
         yield from ((f"{path}:{line}", value) for line, value in sources.read(path))
         return
     try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         reason = "not UTF-8 text" if isinstance(error, UnicodeDecodeError) else error.strerror
         raise UserError(f"{flag} {path}: cannot be read: {reason}") from None

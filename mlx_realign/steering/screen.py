@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
-from rich.console import Console
 
 from .. import capture, vectors
 from ..batch import Example
@@ -29,6 +28,7 @@ from ..data.encode import Encoder
 from ..data.messages import RowError
 from ..errors import UserError
 from ..policy import Policy
+from ..terminal import Console
 from .asked import UseFlags, load_model
 from .monitor import Scale, scale_of
 
@@ -195,7 +195,7 @@ def write(source: Path | sources.Rows, scored: list[Scored], output: Path, setti
     ranks = dict(zip((scored[i].line for i in order), range(1, len(order) + 1), strict=True))
     scores = {one.line: one.scores for one in scored}
     most = float("inf") if settings.drop_above is None else settings.drop_above
-    with open(output, "x", encoding="utf-8") as file:
+    with open(output, "x", encoding="utf-8", errors="backslashreplace") as file:
         for line, row in sources.read(source):
             if line not in scores or scores[line][0] > most:
                 continue
