@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 from data_tools import TEMPLATES, assistant, user, words_tokenizer, write_jsonl
-from rich.console import Console
 
 from mlx_realign import cli
 from mlx_realign.data.show import show, write
+from mlx_realign.terminal import Console
 
 PAIRS = [
     {"prompt": "a", "chosen": "b", "rejected": "c"},

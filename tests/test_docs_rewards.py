@@ -10,7 +10,7 @@ from docs_tools import ROOT, sections, tables
 
 from mlx_realign import config, policy_gradient, verifiers
 from mlx_realign.methods import grpo
-from mlx_realign.verifiers import constraints, sandbox_child
+from mlx_realign.verifiers import constraints, sandbox_play
 
 GUIDE, SKILL = ROOT / "docs/training-methods.md", ROOT / ".claude/skills/training-methods.md"
 VERIFIERS = (ROOT / "docs/verifiers.md").read_text(encoding="utf-8")
@@ -62,7 +62,7 @@ def test_every_reason_of_a_refusal_is_told():
     named = {word for row in table_with(VERIFIERS, "reason") for word in re.findall(r"`(\w+)`", row["reason"])}
     given = {word for text in SOURCES.values() for word in re.findall(r"""(?:Refused|_fail)\("(\w+)"\)""", text)}
     ends = {"timeout", "memory", "died", "error", "too_long", "not_reached", "forbidden"}
-    assert named == given | ends | set(sandbox_child.STATUSES) - {"ok"}
+    assert named == given | ends | set(sandbox_play.STATUSES) - {"ok"}
 
 
 def test_the_rates_are_of_the_corpus_there_is():

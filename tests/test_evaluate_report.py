@@ -8,11 +8,11 @@ import re
 from typing import Any
 
 import pytest
-from rich.console import Console
 
 from mlx_realign.evaluate_answers import Judged, full, verdicts_of
 from mlx_realign.evaluate_report import compare, summarise, write
 from mlx_realign.intervals import wilson
+from mlx_realign.terminal import Console
 from mlx_realign.verifiers import Verdict, Verifier
 
 EXACT, TAGS = Verifier("exact", "exact", "", False, 5.0), Verifier("format", "format", "", True, 5.0)

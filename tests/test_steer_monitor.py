@@ -7,12 +7,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from rich.console import Console
 from steer_tools import mood_rows, refused, run, states, talk_prompts, write
 
 from mlx_realign import data, rollout, vectors
 from mlx_realign.policy import Policy
 from mlx_realign.steering import monitor
+from mlx_realign.terminal import Console
 from mlx_realign.vectors import About, Direction
 
 BLOCK = 1
