@@ -4,6 +4,7 @@
 import json
 import math
 import resource
+import time
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -88,6 +89,15 @@ def test_a_policy_that_cannot_learn_any_more_is_told_and_one_that_has_learned_is
         norms.refuse(step, 5.0, 0.0, lines)
     with pytest.raises(guard.Fault, match="step 59: the gradient has been zero for 10 steps, although the loss is 5"):
         norms.refuse(59, 5.0, 0.0, lines)
+
+
+def test_a_clock_that_goes_back_is_not_noticed(tiny_model_dir, tmp_path, pairs, monkeypatch):
+    began = time.time()
+    went = iter(range(1, 10**6))
+    monkeypatch.setattr(time, "time", lambda: began - 3600 * next(went))
+    run = launch(tmp_path / "out", tiny_model_dir, pairs, "--steps", 3, "--save-every", 1)
+    assert run.code == 0 and len(run.steps) == 3
+    assert all(row["step_s"] > 0 for row in run.rows if "loss" in row)
 
 
 def test_a_state_that_is_not_finite_never_becomes_a_checkpoint(tiny_model_dir, tmp_path):
