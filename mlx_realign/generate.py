@@ -95,6 +95,7 @@ class Session:
 
     def stream(self, prompt: list[int]) -> Iterator[GenerationResponse]:
         """Completes prompt tokens piece by piece; ends at an end-of-turn token or after max_new_tokens."""
+        self.policy.reach.refuse([prompt], self.policy.tokenizer, new=self.settings.max_new_tokens)
         rest = self._reuse(prompt)
         asked = self.settings
         sampler = make_sampler(asked.temperature, asked.top_p, asked.min_p, top_k=asked.top_k)

@@ -13,11 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
 from mlx.utils import tree_flatten, tree_map
 
-from . import adapter, balance, blas, fingerprint, forward, loading
+from . import adapter, balance, blas, fingerprint, forward, loading, reach
 from .batch import Batch, LossOutput, Scores
 from .config import TrainSettings
+from .errors import UserError
 from .head import Body
 from .kernels import install, token_scores
 from .workers import Workers, cores
@@ -51,6 +53,8 @@ class Policy:
         _live.add(self)
         blas.set_usual_threads(cores() if any(one.parameters >= SMALL for one in _live) else 1)
         self.refresh()
+        with loading.one_line(name, self.config):
+            self.reach = reach.find(self.model, self.config, self.vocabulary)
 
     def close(self) -> None:
         """Give the model's modules back mlx-lm's own functions; the policy goes on working, by those. Twice is once."""
@@ -213,6 +217,9 @@ class Policy:
         return mx.concatenate([mx.pad(part, [(0, 0), (0, width - part.shape[1])]) for part in parts])
 
     def _map(self, batch: Batch, build: Callable[[Batch], Any]) -> list[Any]:
+        for ids in (batch.prompt, batch.completion):  # made of NumPy's numbers: nothing is computed for this
+            if wrong := self.reach.fault(np.array(ids), self.tokenizer):
+                raise UserError(f"batch: {wrong}.")
         mx.eval(self.model.state)  # what is pending belongs to this thread: workers could not evaluate it
         return self.workers.map(batch, build)
 

@@ -42,10 +42,12 @@ def rollout(
 ) -> list[list[Generated]]:
     """group_size completions of each prompt (token ids, not empty); at most `rows` of them are made at a time.
 
+    UserError for a token that the model has no row for, and for a text longer than its table of positions.
     The same seed gives the same text again; a completion's random numbers belong to its place (prompt, member).
     variants: for each prompt the configuration that taps on the model (steering, say) apply to it.
     """
     _check(policy, prompts, variants)
+    policy.reach.refuse(prompts, policy.tokenizer, new=sampling.max_new_tokens)
     way = ways.check(policy)[0]
     policy.notes += [note for note in ways.notes(policy) if note not in policy.notes]
     most = rows if way in ways.TOGETHER else 1

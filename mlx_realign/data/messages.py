@@ -5,6 +5,8 @@ import re
 import sys
 from typing import Any, NamedTuple
 
+from ..errors import shortened
+
 Message = dict[str, Any]
 Content = str | list[Message]
 
@@ -18,6 +20,9 @@ SHAREGPT_ROLES = {
 
 class RowError(ValueError):
     """Why one row cannot be used. The caller says where it stands."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(shortened(reason))
 
 
 class Row(NamedTuple):
