@@ -36,8 +36,8 @@ class AdapterFile(NamedTuple):
         return grouped
 
 
-def read_mlx(folder: Path) -> AdapterFile:
-    """Read an mlx-lm adapter folder. Raises UserError for a missing, broken or full fine-tune folder."""
+def read_mlx(folder: Path, most: int | None = None) -> AdapterFile:
+    """Read an mlx-lm adapter folder of at most so many tensors. Raises UserError for a missing, broken or full fine-tune folder."""
     config = read_config(folder)
     kind = config.get("fine_tune_type", "lora")
     if kind not in ("lora", "dora"):
@@ -59,7 +59,7 @@ def read_mlx(folder: Path) -> AdapterFile:
             f"{folder / CONFIG}: rank is {rank:g} and dropout {dropout:g}, expected a whole number from 1 on, and one "
             "from 0 to below 1."
         )
-    return AdapterFile(folder, read_tensors(folder / WEIGHTS), int(rank), scale, dropout, kind == "dora", config)
+    return AdapterFile(folder, read_tensors(folder / WEIGHTS, most), int(rank), scale, dropout, kind == "dora", config)
 
 
 def number(folder: Path, values: dict[str, Any], key: str) -> float:
@@ -86,12 +86,12 @@ def read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def read_tensors(path: Path) -> dict[str, mx.array]:
-    """All arrays of a safetensors file; UserError where it is missing, cut short or not one."""
+def read_tensors(path: Path, most: int | None = None) -> dict[str, mx.array]:
+    """All arrays of a safetensors file; UserError where it is missing, not a whole one, or has more than `most`."""
     if not path.exists():
         raise UserError(f"{path}: missing. The folder has {CONFIG} but no weights: copy the adapter again.")
     try:
-        untrusted.safetensors_header(path)
+        untrusted.safetensors_header(path, most)
         tensors = mx.load(str(path))
     except (OSError, ValueError, RuntimeError) as error:
         raise UserError(f"{path}: not a complete safetensors file ({error}). Copy or save the adapter again.") from None

@@ -43,7 +43,7 @@ class Piece(NamedTuple):
     m: mx.array | None  # float32 [out], DoRA
 
 
-def read_peft(folder: Path, bases: dict[str, Any], tied: bool) -> AdapterFile:
+def read_peft(folder: Path, bases: dict[str, Any], tied: bool, most: int | None = None) -> AdapterFile:
     """Read a PEFT LoRA folder for a model whose layers are `bases` (path -> layer); tied: the head is the embedding.
 
     Raises UserError for what has no counterpart here, naming the key, or every tensor that does not fit.
@@ -51,10 +51,7 @@ def read_peft(folder: Path, bases: dict[str, Any], tied: bool) -> AdapterFile:
     config = read_config(folder)
     refuse_unsupported(folder, config)
     scale = scaling(folder, config, {}) or 1.0
-    tensors = read_tensors(folder / PEFT_WEIGHTS)
-    if len(tensors) > (most := 4 * sum(getattr(base, "num_experts", 1) for base in bases.values()) + 16):
-        raise UserError(f"{folder}: holds {len(tensors)} tensors; adapters of this model have at most {most}.")
-    pairs, wrong = pairs_of(tensors, bases)
+    pairs, wrong = pairs_of(read_tensors(folder / PEFT_WEIGHTS, most), bases)
     own = {key: own_values(folder, config, name, list(pairs)) for key, name in PATTERNS.items()}
     pieces: list[Piece] = []
     for path, pair in pairs.items():

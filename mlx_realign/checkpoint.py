@@ -72,7 +72,7 @@ def read_state(folder: Path) -> dict[str, Any]:
         broken = [STATE] if state.pop("checksum") != _own_checksum(state) else []
         broken += [name for name in state["files"] if Path(name).name != name]  # files of other folders
         broken += [name for name, digest in state["files"].items() if not broken and _checksum(folder / name) != digest]
-        if not broken and f"step-{state['step']:06d}" != folder.name:
+        if not broken and state["step"] != int(folder.name.rpartition("-")[2]):
             broken = [f"it says that it is of step {state['step']}"]
     except FileNotFoundError as error:
         broken = [f"{Path(error.filename).name} is missing"]

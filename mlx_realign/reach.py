@@ -15,10 +15,6 @@ from .errors import UserError
 
 PROBE = (3, 1, 2)  # tokens; positions rise
 EMBEDDING = (nn.Embedding, nn.QuantizedEmbedding)
-REMEDY = (
-    "The tokenizer and the model do not belong together: take the tokenizer that the weights came with, or give the "
-    "embedding these rows (resize_token_embeddings of transformers)"
-)
 
 
 class Reach(NamedTuple):
@@ -34,7 +30,10 @@ class Reach(NamedTuple):
             return None
         token = int(ids.max()) if int(ids.max()) >= self.ids else int(ids.min())
         text = f" ({_text(token, tokenizer)!r})" if token >= 0 else ""
-        return f"token {token}{text} is outside of the model's embedding, which has {self.ids} rows. {REMEDY}"
+        return (
+            f"token {token}{text} is outside of the model's embedding, which has {self.ids} rows: take the tokenizer that "
+            "the weights came with, or resize the embedding"
+        )
 
     def too_long(self, tokens: int) -> str | None:
         """What is wrong with a text of so many tokens; None where it fits the table of positions."""

@@ -14,6 +14,8 @@ from typing import Any, NamedTuple
 HEADER_BYTES = 16 << 20  # a file with 100,000 tensors needs less
 JSON_BYTES = 16 << 20
 DEEP = 64
+LARGEST = 1 << 63
+NAME_CHARS = 1000
 ITEM_BITS = {"BOOL": 8, "F64": 64, "F32": 32, "F16": 16, "BF16": 16, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8}
 ITEM_BITS |= {f"{kind}{bits}": bits for kind in "IU" for bits in (8, 16, 32, 64)} | {"C64": 64, "F4": 4}
 
@@ -57,28 +59,35 @@ def parse(text: bytes | str) -> Any:
     level = [found] if isinstance(found, dict | list) else []
     for _ in range(DEEP):
         inner = (one.values() if isinstance(one, dict) else one for one in level)
-        level = [x for values in inner for x in values if isinstance(x, dict | list)]
+        level = [x for values in inner for x in values if type(x) in (dict, list)]
         if not level:
             return found
     raise ValueError("its brackets are too deep")
 
 
-def safetensors_header(path: Path) -> dict[str, Tensor]:
-    """Name -> what the header says, the file proven to hold just that. ValueError says what is wrong; OSError."""
+def safetensors_header(path: Path, most: int | None = None) -> dict[str, Tensor]:
+    """Name -> what the header says, the file proven to hold just that. ValueError says what is wrong; OSError.
+
+    most: tensors that such a file can have.
+    """
     size = require_regular(path)
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         if size < 8 or length > size - 8:
             raise ValueError(f"it has {size} bytes, and its header alone claims {length}")
-        if length > HEADER_BYTES:
-            raise ValueError(f"its header has {length} bytes, more than any model's")
+        if length > (limit := HEADER_BYTES if most is None else min(HEADER_BYTES, (most + 64) * NAME_CHARS)):
+            raise ValueError(f"its header has {length} bytes, more than the {limit} that such a file can need")
         header = parse(file.read(length))
     if not isinstance(header, dict):
         raise ValueError("its header is no JSON object")
     header.pop("__metadata__", None)
+    if most is not None and len(header) > most:
+        raise ValueError(f"it holds {len(header)} tensors; such a file has at most {most}")
     spans = []
     found = {}
     for name, entry in header.items():
+        if len(name) > NAME_CHARS:
+            raise ValueError(f"a tensor's name has {len(name)} characters")
         found[name], span = _tensor(name, entry)
         spans.append((*span, name))
     end = 0
@@ -98,7 +107,7 @@ def _tensor(name: str, entry: Any) -> tuple[Tensor, tuple[int, int]]:
         numbers = [*shape, start, stop]
     except (TypeError, KeyError, ValueError):
         raise ValueError(f"tensor {name!r} lacks dtype, shape or data_offsets") from None
-    if not all(type(x) is int and 0 <= x < 1 << 63 for x in numbers) or any(x >= 1 << 31 for x in shape):
+    if {type(x) for x in numbers} != {int} or min(numbers) < 0 or start >= LARGEST or max(shape, default=0) >= 1 << 31:
         raise ValueError(f"tensor {name!r}: its shape or its place is no list of such numbers")
     bits = ITEM_BITS.get(dtype) if isinstance(dtype, str) else None
     if bits is None:
