@@ -37,7 +37,10 @@ class AdapterFile(NamedTuple):
 
 
 def read_mlx(folder: Path, most: int | None = None) -> AdapterFile:
-    """Read an mlx-lm adapter folder of at most so many tensors. Raises UserError for a missing, broken or full fine-tune folder."""
+    """Read an mlx-lm adapter folder of at most so many tensors.
+
+    Raises UserError for a missing, broken or full fine-tune folder.
+    """
     config = read_config(folder)
     kind = config.get("fine_tune_type", "lora")
     if kind not in ("lora", "dora"):

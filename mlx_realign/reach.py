@@ -31,8 +31,8 @@ class Reach(NamedTuple):
         token = int(ids.max()) if int(ids.max()) >= self.ids else int(ids.min())
         text = f" ({_text(token, tokenizer)!r})" if token >= 0 else ""
         return (
-            f"token {token}{text} is outside of the model's embedding, which has {self.ids} rows: take the tokenizer that "
-            "the weights came with, or resize the embedding"
+            f"token {token}{text} is outside of the model's embedding, which has {self.ids} rows: take the tokenizer "
+            "that the weights came with, or resize the embedding"
         )
 
     def too_long(self, tokens: int) -> str | None:

@@ -35,12 +35,13 @@ SECONDS = float(os.environ.get("BAD_FILES_SECONDS", "2"))  # of this process's o
 HUNG_SECONDS = 60
 MEGABYTES = 400
 LONGEST = 4000
+NUMBERS = (0, 1, 1 << 31, (1 << 32) - 1, 1 << 63, (1 << 64) - 1)
 DEEP = b"[" * 1_000_000
 TINY = Path(loading.__file__).parent / "assets" / loading.EMBEDDED
 WEIGHTS, PEFT_WEIGHTS, CONFIG = "adapters.safetensors", "adapter_model.safetensors", "adapter_config.json"
 LORA = {"fine_tune_type": "lora", "num_layers": -1, "lora_parameters": {"rank": 2, "scale": 1.0, "dropout": 0.0}}
 PEFT = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["q_proj"]}
-Damage = Callable[[Path], None]  # done to the one file, or folder, of a case
+Damage = Callable[[Path], object]  # done to the one file, or folder, of a case
 
 
 def safetensors(header: Any, body: bytes = b"", length: int | None = None) -> bytes:
@@ -203,7 +204,7 @@ def content(given: Any) -> bytes:
 
 
 def writes(data: bytes) -> Damage:
-    return lambda path: path.write_bytes(data) and None
+    return lambda path: path.write_bytes(data)
 
 
 def adapter_folder(folder: Path, weights: str, damage: Damage, config: Any) -> None:
@@ -226,7 +227,7 @@ def one_lora(path: Path) -> None:
     path.write_bytes(safetensors({name.format("A"): tensor(2, 4), name.format("B"): tensor(4, 2, at=32)}, bytes(64)))
 
 
-def cases() -> Iterator[tuple[str, str, str, Callable[[Path], None]]]:
+def cases() -> Iterator[tuple[str, str, str, Damage]]:
     """(kind, name of the case, name of its file, what makes it); each is to be refused."""
     for name, damage in (PLACES | {n: writes(data) for n, data in HEADERS.items()}).items():
         yield "vector", name, "v.safetensors", damage
@@ -275,7 +276,7 @@ def damaged(data: bytes, rng: np.random.Generator) -> bytes:
         if kind == 0:
             out[at] = int(rng.integers(256))
         elif kind == 1:
-            out[at : at + 8] = struct.pack("<Q", int(rng.choice([0, 1, 2**31, 2**32 - 1, 2**63, 2**64 - 1])))
+            out[at : at + 8] = struct.pack("<Q", NUMBERS[rng.integers(len(NUMBERS))])
         elif kind == 2:
             del out[at : at + int(rng.integers(1, 64))]
         else:
@@ -285,7 +286,7 @@ def damaged(data: bytes, rng: np.random.Generator) -> bytes:
     return bytes(out)
 
 
-def random_cases(count: int, seed: int) -> Iterator[tuple[str, str, str, Callable[[Path], None]]]:
+def random_cases(count: int, seed: int) -> Iterator[tuple[str, str, str, Damage]]:
     """As `cases`; what is damaged by chance may also be read."""
     good = safetensors({"direction.1": tensor(64), "__metadata__": {"a": "b"}}, bytes(256))
     for i in range(count):
