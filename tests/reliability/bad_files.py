@@ -20,14 +20,14 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from mlx_realign import adapter, loading, vectors
+from mlx_realign import adapter, adapter_patterns, loading, vectors
 from mlx_realign.errors import UserError
 from mlx_realign.policy import Policy
 
@@ -186,7 +186,6 @@ MODELS: dict[str, Any] = {  # keys of config.json that are replaced, or the file
     "10^7 layers": {"num_hidden_layers": 10_000_000},
     "10^7 experts": {"num_local_experts": 10_000_000},
     "10^12 wide": {"hidden_size": 10**12},
-    "-1 layers": {"num_hidden_layers": -1},
     "0 heads": {"num_attention_heads": 0},
     "a type of 5 MB": {"model_type": "k" * 5_000_000},
     "a type that is a path": {"model_type": "../../x"},
@@ -299,14 +298,14 @@ def random_cases(count: int, seed: int) -> Iterator[tuple[str, str, str, Damage]
 
 def child(args: argparse.Namespace) -> None:
     """Goes through the cases from `--first` on; a line before and a line after each."""
+    adapter_patterns.SECONDS = 1.0
     policy = Policy.load(loading.EMBEDDED)
     read = {"adapter": policy.load_adapter, "peft": policy.load_adapter, "model": loading.load}
     with tempfile.TemporaryDirectory() as folder:
         for i, (kind, name, file, make) in enumerate([*cases(), *random_cases(args.random, args.seed)]):
             if i < args.first or args.only not in f"{kind}: {name}":
                 continue
-            path = Path(folder) / file
-            make(path)
+            make(path := Path(folder) / file)
             print(json.dumps({"case": i, "name": f"{kind}: {name}"}), flush=True)
             signal.alarm(HUNG_SECONDS)  # ends the process wherever it is
             peak, began = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
@@ -335,7 +334,7 @@ def wrong(name: str, row: dict[str, Any]) -> str | None:
     return f"{row['megabytes']:.0f} MB" if row["megabytes"] > MEGABYTES else None
 
 
-def main() -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Runs the cases and prints those that failed, and a line about all."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--random", type=int, default=0, help="random damages of each kind of file")
@@ -344,34 +343,32 @@ def main() -> int:
     parser.add_argument("--verbose", action="store_true", help="every case and its message")
     parser.add_argument("--first", type=int, default=0, help=argparse.SUPPRESS)
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     if args.child:
         child(args)
         return 0
-    first, failed, done = 0, 0, 0
-    began = time.monotonic()
+    first, failed, done, began = 0, 0, 0, time.monotonic()
     while True:
         words = ["--child", "--random", args.random, "--seed", args.seed, "--only", args.only, "--first", first]
-        process = subprocess.Popen(
-            [sys.executable, __file__, *map(str, words)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-        )
         name, open_case = "before the first case", -1
-        assert process.stdout and process.stderr
-        for line in process.stdout:
-            row = json.loads(line)
-            if "name" in row:
-                name, open_case = row["name"], row["case"]
-                continue
-            done, open_case = done + 1, -1
-            fault = wrong(name, row)
-            failed += fault is not None
-            if fault or args.verbose:
-                print(f"{'FAILED' if fault else 'ok'}  {name}: {fault or row['told'][:300]}", flush=True)
-        code = process.wait()
-        if code == 0:
+        command = [sys.executable, __file__, *map(str, words)]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+            assert process.stdout and process.stderr
+            for line in process.stdout:
+                row = json.loads(line)
+                if "name" in row:
+                    name, open_case = row["name"], row["case"]
+                    continue
+                done, open_case = done + 1, -1
+                fault = wrong(name, row)
+                failed += fault is not None
+                if fault or args.verbose:
+                    print(f"{'FAILED' if fault else 'ok'}  {name}: {fault or row['told'][:300]}", flush=True)
+            said_last = process.stderr.read()[-300:]
+        if process.returncode == 0:
             break
         failed += 1
-        print(f"FAILED  {name}: ended the process ({code}): {process.stderr.read()[-300:]}", flush=True)
+        print(f"FAILED  {name}: ended the process ({process.returncode}): {said_last}", flush=True)
         if open_case < 0:
             break
         first = open_case + 1
