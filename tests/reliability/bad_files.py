@@ -113,7 +113,6 @@ HEADERS = {  # of safetensors files
 }
 GGUF = {
     "empty": b"",
-    "magic alone": b"GGUF",
     "other magic": b"GGML" + gguf()[4:],
     "big-endian": gguf(version=3 << 24),
     "version 99": gguf(version=99),
@@ -130,7 +129,6 @@ GGUF = {
     "a string beyond the file": gguf(facts=fact(8, struct.pack("<Q", 1 << 62))),
     "alignment 0": gguf(facts=fact(4, struct.pack("<I", 0))),
     "alignment of text": gguf(facts=fact(8, said("x"))),
-    "no dimension": gguf(shape=()),
     "5 dimensions": gguf(shape=(2,) * 5),
     "2^32 - 1 dimensions": gguf()[:-256].replace(struct.pack("<IQ", 1, 64), struct.pack("<IQ", (1 << 32) - 1, 64)),
     "a matrix": gguf(shape=(8, 8)),
@@ -155,6 +153,8 @@ PLACES: dict[str, Damage] = {  # what else can stand where a file is meant
     "nothing": lambda path: None,
 }
 CONFIGS: dict[str, Any] = {  # of an adapter of mlx-lm; None: of PEFT, see PATTERNS
+    "a pipe": PLACES["a pipe"],
+    "a device": PLACES["a device"],
     "no object": [],
     "not JSON": b"{",
     "brackets without end": DEEP,
@@ -169,7 +169,7 @@ CONFIGS: dict[str, Any] = {  # of an adapter of mlx-lm; None: of PEFT, see PATTE
 }
 PATTERNS: dict[str, Any] = {  # of PEFT's rank_pattern
     "no object": ["q_proj"],
-    "without end": {r"(\w+)+!": 2},
+    "without end": {r"([\w.]+)+!": 2},
     "without end, by choices": {"(m|m)(o|o)(d|d)(e|e)(l|l)" + r"(\w|\w|\.)*" * 30 + "!": 2},
     "nested without end": {"(" * 50_000: 2},
     "a repetition of 2^32": {"a{4294967294}": 2},
@@ -209,7 +209,7 @@ def writes(data: bytes) -> Damage:
 def adapter_folder(folder: Path, weights: str, damage: Damage, config: Any) -> None:
     """An adapter whose weights are damaged (None: whole)."""
     folder.mkdir()
-    (folder / CONFIG).write_bytes(content(config))
+    config(folder / CONFIG) if callable(config) else (folder / CONFIG).write_bytes(content(config))
     damage(folder / weights)
 
 
