@@ -151,7 +151,9 @@ def load(model: nn.Module, folder: str | Path, *, dropout: float | None = None) 
     folder = Path(folder)
     layers = adapters_of(model)
     bases = {path: base_of(layer) for path, layer in layers.items()} or adaptable(model, routers=True)
-    file = read_peft(folder, bases, tied_head(model)) if (folder / PEFT_WEIGHTS).exists() else read_mlx(folder)
+    most = 4 * sum(getattr(base, "num_experts", 1) for base in bases.values()) + 16  # tensors
+    peft = (folder / PEFT_WEIGHTS).exists()
+    file = read_peft(folder, bases, tied_head(model), most) if peft else read_mlx(folder, most)
     refuse_misfits(file, bases, complete=bool(layers))
     rate = file.dropout if dropout is None else dropout
     if not layers:

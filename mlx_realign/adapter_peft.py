@@ -14,6 +14,7 @@ import mlx.core as mx
 
 from .adapter_files import CONFIG, PEFT_WEIGHTS, AdapterFile, number, read_config, read_mlx, read_tensors, write_folder
 from .adapter_layers import EMBEDDING, SWITCH, dense_weight
+from .adapter_patterns import first_match
 from .errors import UserError
 
 NAME = re.compile(
@@ -28,6 +29,7 @@ UNSUPPORTED = (
     *("modules_to_save", "trainable_token_indices", "layer_replication", "lora_bias", "alora_invocation_tokens"),
     *("use_qalora", "use_bdlora", "arrow_config", "kasa_config"),
 )
+PATTERNS = {"r": "rank_pattern", "lora_alpha": "alpha_pattern"}
 PLAIN_STARTS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")  # the others change the base as well
 
 
@@ -41,19 +43,22 @@ class Piece(NamedTuple):
     m: mx.array | None  # float32 [out], DoRA
 
 
-def read_peft(folder: Path, bases: dict[str, Any], tied: bool) -> AdapterFile:
+def read_peft(folder: Path, bases: dict[str, Any], tied: bool, most: int | None = None) -> AdapterFile:
     """Read a PEFT LoRA folder for a model whose layers are `bases` (path -> layer); tied: the head is the embedding.
 
     Raises UserError for what has no counterpart here, naming the key, or every tensor that does not fit.
     """
     config = read_config(folder)
     refuse_unsupported(folder, config)
-    scale = scaling(folder, config, "", None) or 1.0
-    pairs, wrong = pairs_of(read_tensors(folder / PEFT_WEIGHTS), bases)
+    scale = scaling(folder, config, {}) or 1.0
+    pairs, wrong = pairs_of(read_tensors(folder / PEFT_WEIGHTS, most), bases)
+    own = {key: own_values(folder, config, name, list(pairs)) for key, name in PATTERNS.items()}
     pieces: list[Piece] = []
     for path, pair in pairs.items():
         try:
-            pieces += pieces_of(path, pair, bases, scaling(folder, config, path, pair) / scale)
+            told = {key: values[path] for key, values in own.items() if path in values}
+            refuse_rank(path, pair, told.get("r") or number(folder, config, "r"))
+            pieces += pieces_of(path, pair, bases, scaling(folder, config, told) / scale)
         except ValueError as error:
             wrong.append(f"{path}: {error}")
     if wrong:
@@ -94,23 +99,28 @@ def refuse_unsupported(folder: Path, config: dict[str, Any]) -> None:
         )
 
 
-def scaling(folder: Path, config: dict[str, Any], path: str, pair: dict[str, mx.array] | None) -> float:
-    """alpha / r, or alpha / sqrt(r), of one layer; `alpha_pattern` and `rank_pattern` match the end of its path.
+def scaling(folder: Path, config: dict[str, Any], own: dict[str, float]) -> float:
+    """alpha / r, or alpha / sqrt(r), of one layer; own: what it has of `r` and `lora_alpha` for itself."""
+    said = {key: number(folder, config, key) for key in PATTERNS} | own
+    if said["r"] < 1:
+        raise UserError(f"{folder / CONFIG}: r is {said['r']:g}, expected 1 or more.")
+    return said["lora_alpha"] / (sqrt(said["r"]) if config.get("use_rslora") else said["r"])
 
-    Raises ValueError where the stored rank is not the configured one.
-    """
-    own = {"r": number(folder, config, "r"), "lora_alpha": number(folder, config, "lora_alpha")}
-    for key, name in (("r", "rank_pattern"), ("lora_alpha", "alpha_pattern")):
-        patterns = config.get(name) or {}
-        hit = next((p for p in patterns if re.match(rf"(.*\.)?({p})$", path)), None)
-        if hit is not None:
-            own[key] = number(folder, patterns, hit)
-    if own["r"] < 1:
-        raise UserError(f"{folder / CONFIG}: r is {own['r']:g}, expected 1 or more.")
-    stored = None if pair is None else next((v.shape[0] for k, v in pair.items() if k.endswith("_A")), None)
-    if stored is not None and "experts" not in path.split(".")[-2:] and stored != own["r"]:
-        raise ValueError(f"rank {stored}, but {CONFIG} says {own['r']:g}")
-    return own["lora_alpha"] / (sqrt(own["r"]) if config.get("use_rslora") else own["r"])
+
+def own_values(folder: Path, config: dict[str, Any], name: str, paths: list[str]) -> dict[str, float]:
+    """Path -> its own rank or alpha, by `rank_pattern` or `alpha_pattern` (name), which match the end of a path."""
+    patterns = config.get(name) or {}
+    if not isinstance(patterns, dict):
+        raise UserError(f"{folder / CONFIG}: {name} is no JSON object of patterns and numbers.")
+    found = first_match(folder / CONFIG, name, patterns, paths) if patterns else {}
+    return {path: number(folder, patterns, pattern) for path, pattern in found.items()}
+
+
+def refuse_rank(path: str, pair: dict[str, mx.array], rank: float) -> None:
+    """ValueError where the stored rank is not the configured one."""
+    stored = next((v.shape[0] for k, v in pair.items() if k.endswith("_A") and v.ndim), None)
+    if stored is not None and "experts" not in path.split(".")[-2:] and stored != rank:
+        raise ValueError(f"rank {stored}, but {CONFIG} says {rank:g}")
 
 
 def pairs_of(tensors: dict[str, mx.array], bases: dict[str, Any]) -> tuple[dict[str, dict[str, mx.array]], list[str]]:

@@ -97,7 +97,7 @@ def blocks_of(model: nn.Module) -> list[str]:
 
 def in_order(path: str) -> list[tuple[int, str]]:
     """Sort key of paths that puts block 2 before block 10."""
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in path.split(".")]
+    return [(int(part), "") if part.isdecimal() and len(part) < 10 else (-1, part) for part in path.split(".")]
 
 
 def tied_head(model: nn.Module) -> bool:

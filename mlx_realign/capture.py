@@ -139,6 +139,7 @@ def _batches(
     at_once: int,
 ) -> Iterator[tuple[list[int], np.ndarray]]:
     """picks[i][j]: the columns of text i that its j-th state is the mean of; ends: of its last prompt token."""
+    policy.reach.refuse(texts, policy.tokenizer, "text")
     paths = taps.blocks(policy.model)
     wanted = list(range(-1, len(paths))) if blocks is None else list(blocks)
     if bad := [b for b in wanted if not -1 <= b < len(paths)]:

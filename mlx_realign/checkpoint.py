@@ -12,19 +12,21 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 
-from . import adapter
+from . import adapter, untrusted
 from .errors import UserError
 from .optim import Updater, flat
 
 ADAPTER, WEIGHTS = "adapters.safetensors", "weights.safetensors"
 OPTIMIZER, STATE = "optimizer.safetensors", "state.json"
+STATE_BYTES = 1 << 30  # micro-batches that were generated and wait are in it
 
 
 class DiskFull(Exception):
@@ -66,9 +68,12 @@ def read_state(folder: Path) -> dict[str, Any]:
     """state.json of a checkpoint, its files proven whole; UserError naming the file that is not."""
     state: dict[str, Any] = {}
     try:
-        state = json.loads((folder / STATE).read_text())
+        state = untrusted.read_json(folder / STATE, most=STATE_BYTES)
         broken = [STATE] if state.pop("checksum") != _own_checksum(state) else []
-        broken += [name for name, digest in state["files"].items() if _checksum(folder / name) != digest]
+        broken += [name for name in state["files"] if Path(name).name != name]  # files of other folders
+        broken += [name for name, digest in state["files"].items() if not broken and _checksum(folder / name) != digest]
+        if not broken and state["step"] != int(folder.name.rpartition("-")[2]):
+            broken = [f"it says that it is of step {state['step']}"]
     except FileNotFoundError as error:
         broken = [f"{Path(error.filename).name} is missing"]
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
@@ -81,18 +86,42 @@ def read_state(folder: Path) -> dict[str, Any]:
     return state
 
 
+@contextmanager
+def within(folder: Path, state: dict[str, Any], steps: int) -> Iterator[dict[str, Any]]:
+    """Inside, the run takes up `state`; UserError where it is of a step that the run does not have, or lacks things."""
+    if state["step"] > steps:
+        raise UserError(f"--resume: the checkpoint {folder} is of step {state['step']}, and this run ends with {steps}")
+    try:
+        yield state
+    except (KeyError, TypeError, ValueError, IndexError) as error:
+        told = f"{type(error).__name__}: {error}"
+        raise UserError(
+            f"--resume: {folder / STATE} is not what this version writes ({told}); delete {folder}"
+        ) from error
+
+
 def restore(folder: Path, model: nn.Module, optimizer: Updater | None) -> None:
-    """Put weights (and optimizer state) of a checkpoint back, bit for bit. UserError where it is of another model."""
+    """Put weights (and optimizer state) of a checkpoint back, bit for bit. UserError, and nothing is changed, where it
+    is of another model or optimizer, or holds NaN.
+    """
     path = folder / (ADAPTER if (folder / ADAPTER).exists() else WEIGHTS)
     if not path.exists():
         raise UserError(f"the checkpoint {folder}, which the run would go back to, is gone")
-    weights, wanted = load_arrays(path), flat(model.trainable_parameters())
-    if any(name not in weights or weights[name].shape != value.shape for name, value in wanted.items()):
+    weights = load_arrays(path)
+    if not _alike(weights, adapter.state(model) or flat(model.trainable_parameters())):
         raise UserError(f"--resume: the checkpoint {folder} is of another model or adapter")
+    if broken := [name for name, value in weights.items() if not mx.isfinite(value).all()]:
+        raise UserError(
+            f"--resume: the checkpoint {folder} holds something other than finite numbers in {broken[0]}; "
+            "delete that folder to go on from the one before it"
+        )
+    moments = load_arrays(folder / OPTIMIZER) if optimizer else {}
+    if optimizer and not _alike(moments, optimizer.state()):
+        raise UserError(f"--resume: {folder / OPTIMIZER} is of another optimizer or adapter; delete {folder}")
     model.load_weights(list(weights.items()), strict=False)
     mx.eval(model.parameters())
     if optimizer:
-        optimizer.restore(load_arrays(folder / OPTIMIZER))
+        optimizer.restore(moments)
 
 
 def prune(root: Path, keep: int, best: Path | None = None, safe: Path | None = None) -> None:
@@ -124,10 +153,20 @@ def prove_whole(path: Path) -> None:
 
 
 def load_arrays(path: Path) -> dict[str, mx.array]:
-    """All arrays of a safetensors file."""
-    arrays = mx.load(str(path))
+    """All arrays of a safetensors file; UserError where it is none."""
+    try:
+        untrusted.safetensors_header(path)
+        arrays = mx.load(str(path))
+    except (OSError, ValueError, RuntimeError) as error:
+        raise UserError(f"--resume: {path} cannot be read ({error}); delete its folder to go on without it") from None
     assert isinstance(arrays, dict)
     return arrays
+
+
+def _alike(found: dict[str, mx.array], wanted: dict[str, mx.array]) -> bool:
+    """Whether names, shapes and dtypes are the same."""
+    facts = [{name: (value.shape, value.dtype) for name, value in side.items()} for side in (found, wanted)]
+    return facts[0] == facts[1]
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -172,5 +211,6 @@ def _own_checksum(state: dict[str, Any]) -> str:
 
 
 def _checksum(path: Path) -> str:
+    untrusted.require_regular(path)
     with path.open("rb") as file:
         return hashlib.file_digest(file, "blake2b").hexdigest()[:32]

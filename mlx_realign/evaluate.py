@@ -29,6 +29,7 @@ from .errors import UserError
 from .evaluate_answers import Answers, Bench, Problem, measure
 from .evaluate_report import compare, summarise, write
 from .policy import Policy
+from .reach import Reach
 from .terminal import Console
 from .verifiers.combine import weigh
 
@@ -211,7 +212,7 @@ def run(
     names = ("model", "adapter", "data", "samples", "temperature", "top_p", "top_k", "min_p", "max_new_tokens", "seed")
     found: dict[str, Any] = {name: getattr(settings, name) for name in names} | {"verifier": list(specs)}
     with verifiers.Pool(specs, unsafe_code=settings.unsafe_code) as pool:
-        problems, bad = read_problems(rows, policy.tokenizer, settings, pool)
+        problems, bad = read_problems(rows, policy.tokenizer, settings, pool, policy.reach)
         found |= {"problems": len(problems), "left_out": bad.counts["bad"], "left_out_lines": bad.bad}
         told = {"seed": settings.seed, "batch_size": settings.batch_size}
         bench = Bench(policy, modes_of(settings), pool, judges, weights, record, say, **told)
@@ -241,7 +242,7 @@ def modes_of(settings: Settings) -> dict[str, tuple[rollout.Sampling, int]]:
 
 
 def read_problems(
-    rows: Rows, tokenizer: Any, settings: Settings, pool: verifiers.Pool
+    rows: Rows, tokenizer: Any, settings: Settings, pool: verifiers.Pool, reach: Reach | None = None
 ) -> tuple[list[Problem], pipeline.Problems]:
     """Problems with their prompts as tokens, and what was wrong with the rows left out.
 
@@ -266,7 +267,8 @@ def read_problems(
     for line, reason in pool.check([(line, row.extras["row"]) for line, row in parsed.items()]):
         if parsed.pop(line, None):
             bad.add(line, RowError(reason))
-    encoder = Encoder(tokenizer, chat_template=settings.chat_template, max_length=None, truncate="error")
+    limits = {"max_length": None, "truncate": "error", "reach": reach}
+    encoder = Encoder(tokenizer, chat_template=settings.chat_template, **limits)
     examples = pipeline.examples(list(parsed.items()), encoder, bad)
     bad.bad.sort()
     bad.check(len(examples))

@@ -101,9 +101,10 @@ class Session:
     def stream(self, prompt: list[int]) -> Iterator[GenerationResponse]:
         """Completes prompt tokens piece by piece; ends at an end-of-turn token or after max_new_tokens.
 
-        Raises UserError for an empty prompt.
+        Raises UserError for an empty prompt, and for tokens or lengths beyond the model's tables.
         """
         rollout.refuse_empty(prompt, "generate: the prompt")
+        self.policy.reach.refuse([prompt], self.policy.tokenizer, new=self.settings.max_new_tokens)
         rest = self._reuse(prompt)
         asked = self.settings
         sampler = make_sampler(asked.temperature, asked.top_p, asked.min_p, top_k=asked.top_k)

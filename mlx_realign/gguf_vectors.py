@@ -8,14 +8,15 @@ meant for something else is refused. Our own header goes along under a key of it
 
 import dataclasses
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
 
-from . import vectors
+from . import gguf, vectors
 from .errors import UserError
 from .vectors import VECTOR, About, Direction
 
@@ -69,22 +70,21 @@ def read(path: str | Path) -> Direction:
     UserError for a file that is none. What llama.cpp would refuse is refused: block 0, tensors that are not [d].
     """
     path = Path(path)
-    if not path.is_file():
-        raise UserError(f"{path}: no such file.")
     try:
-        loaded = cast(tuple[dict[str, mx.array], dict[str, Any]], mx.load(str(path), return_metadata=True))
-    except (RuntimeError, ValueError, OSError) as error:
+        facts, arrays = gguf.read(path, VECTOR)
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file.") from None
+    except (ValueError, OSError) as error:
         raise UserError(f"{path}: not a complete GGUF file ({error}). Copy it again.") from None
-    arrays, facts = loaded
-    tensors = {n: np.array(a.astype(mx.float32)) for n, a in arrays.items() if n.startswith(VECTOR)}
+    tensors = {name: array.astype(np.float32) for name, array in arrays.items()}
     if not tensors:
         kind = facts.get("general.architecture", "no architecture")
         raise UserError(f"{path}: holds no tensor {VECTOR}<block>, so it is no control vector (it is: {kind}).")
     for name, tensor in tensors.items():
         block = name.removeprefix(VECTOR)
-        if not block.isdecimal() or int(block) < FIRST or tensor.ndim != 1:
+        if not re.fullmatch("[0-9]{1,6}", block) or int(block) < FIRST or tensor.ndim != 1:
             raise UserError(f"{path}: {name} {list(tensor.shape)} is not a vector of a block from {FIRST} on.")
-    if text := facts.get(vectors.HEADER):
+    if isinstance(text := facts.get(vectors.HEADER), str):
         return vectors.assemble(path, text, tensors)
     hint = str(facts.get(f"{ARCHITECTURE}.model_hint", ""))  # an architecture, no model
     measured = {"model_hint": hint} if hint else {}

@@ -15,13 +15,15 @@ from mlx.utils import tree_flatten, tree_map
 from mlx_lm import utils as mlx_lm_utils
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from . import arguments
+from . import arguments, untrusted
 from .errors import UserError, clipped
 from .unsupported import WRONG, explained
 
 EMBEDDED = "tiny-chat"
 DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
 GROUP_SIZE = 64
+COUNTS = re.compile(r".*layers?|num_blocks|n_blocks?|depth|(?:num|n)_\w*experts?")  # what mlx-lm makes so many of
+FEW = 1024  # of them cost nothing
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "tiktoken.model", "vocab.json", "vocab.txt")  # one of them
 
 
@@ -65,6 +67,7 @@ def find_model(name: str) -> Path:
         folder = _fetch(name)
     if not (folder / "config.json").is_file():
         raise UserError(f"--model {name}: {folder} has no config.json; it must be a Hugging Face model folder")
+    _refuse_hostile(name, folder)
     if not any(folder.glob("model*.safetensors")):
         raise UserError(f"--model {name}: {folder} has no model*.safetensors; convert the weights to safetensors first")
     if not any((folder / file).is_file() for file in TOKENIZERS):
@@ -165,13 +168,37 @@ def _refuse_missing_shards(name: str, folder: Path) -> None:
     if not index.is_file():
         return
     try:
-        listed = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    except (ValueError, KeyError, AttributeError):
+        listed = sorted(set(untrusted.read_json(index)["weight_map"].values()))
+        outside = [file for file in listed if Path(file).name != file]
+    except (ValueError, KeyError, AttributeError, TypeError):
         return  # mlx-lm reads the weight files themselves; a broken index harms nothing
+    if outside:
+        raise UserError(f"--model {name}: {index.name} names {outside[0]!r}, which is no file of the folder itself")
     missing = [file for file in listed if not (folder / file).is_file()]
     if missing:
         some = ", ".join(missing[:3])
         raise UserError(f"--model {name}: {folder} lacks {some} of {len(listed)} weight files; fetch it again")
+
+
+def _refuse_hostile(name: str, folder: Path) -> None:
+    """UserError for what would keep a reader busy for ever, or what weight files hold other than they say."""
+    where = folder
+    try:
+        untrusted.refuse_odd_entries(folder)
+        config = untrusted.read_json(where := folder / "config.json")
+        tensors = 0
+        for where in sorted(folder.glob("model*.safetensors")):
+            tensors += len(untrusted.safetensors_header(where))
+    except (ValueError, OSError) as error:
+        said = "is not valid JSON" if where.suffix == ".json" else "is not a complete safetensors file"
+        said = "cannot be used" if where == folder else said
+        raise UserError(f"--model {name}: cannot be loaded: {where.name} {said}: {error}") from None
+    if not isinstance(config, dict):
+        raise UserError(f"--model {name}: cannot be loaded: config.json is no JSON object")
+    parts = [config, *(part for part in config.values() if isinstance(part, dict))]
+    for key, value in ((key, value) for part in parts for key, value in part.items()):
+        if COUNTS.fullmatch(key) and isinstance(value, int) and value > max(tensors, FEW):
+            raise UserError(f"--model {name}: config.json has {key} {value}, and there are {tensors} tensors")
 
 
 def _quantize(model: nn.Module, config: dict[str, Any], bits: int) -> str:

@@ -16,7 +16,7 @@ from typing import Any
 import mlx.core as mx
 from mlx.utils import tree_flatten, tree_map
 
-from . import adapter, balance, blas, fingerprint, forward, loading, taps
+from . import adapter, balance, blas, fingerprint, forward, loading, reach, taps
 from .batch import Batch, LossOutput, Scores
 from .config import TrainSettings
 from .errors import UserError
@@ -59,6 +59,8 @@ class Policy:
         _live.add(self)
         blas.set_usual_threads(cores() if any(one.parameters >= SMALL for one in _live) else 1)
         self.refresh()
+        with loading.one_line(name, self.config):
+            self.reach = reach.find(self.model, self.config, self.vocabulary)
 
     def close(self) -> None:
         """Give the model's modules back mlx-lm's own functions; the policy goes on working, by those. Twice is once."""
@@ -221,6 +223,7 @@ class Policy:
         return mx.concatenate([mx.pad(part, [(0, 0), (0, width - part.shape[1])]) for part in parts])
 
     def _map(self, batch: Batch, build: Callable[[Batch], Any]) -> list[Any]:
+        self.reach.refuse_arrays("batch", (batch.prompt, batch.completion), self.tokenizer)
         mx.eval(self.model.state)  # what is pending belongs to this thread: workers could not evaluate it
         return self.workers.map(batch, build)
 

@@ -2,6 +2,7 @@
 """What a run's settings ask of its policy and its data before the first step; what makes no sense is refused."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +64,12 @@ def ready(policy: Policy | None, settings: TrainSettings) -> Policy:
     for layer in adapter.adapters_of(policy.model).values():
         layer.dropout = settings.lora_dropout  # whatever the adapter it starts from was trained with
     return policy
+
+
+def loader(policy: Policy, module: Any, settings: TrainSettings) -> Callable[..., data.Dataset]:
+    """`data.load` for this policy, method and run."""
+    made_for = {"tokenizer": policy.tokenizer, "reach": policy.reach}
+    return partial(data.load, format=module.FORMAT, settings=settings, **made_for)
 
 
 def held_out_rows(settings: TrainSettings, rows: Rows | None, load: Callable[..., data.Dataset]) -> data.Dataset | None:

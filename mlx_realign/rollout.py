@@ -42,11 +42,13 @@ def rollout(
 ) -> list[list[Generated]]:
     """group_size completions of each prompt (token ids); at most `rows` of them are made at a time, both at least 1.
 
+    UserError for a token that the model has no row for, and for a text longer than its table of positions.
     The same seed gives the same text again; a completion's random numbers belong to its place (prompt, member).
     variants: for each prompt the configuration that taps on the model (steering, say) apply to it.
     UserError for an empty prompt, a variant that is not there and numbers out of range.
     """
     _check(policy, prompts, variants, group_size=group_size, rows=rows)
+    policy.reach.refuse(prompts, policy.tokenizer, new=sampling.max_new_tokens)
     way = ways.check(policy)[0]
     policy.notes += [note for note in ways.notes(policy) if note not in policy.notes]
     most = rows if way in ways.TOGETHER else 1

@@ -17,7 +17,7 @@ from typing import Any, TextIO
 
 import mlx.core as mx
 
-from . import adapter, blas, checkpoint, locks
+from . import adapter, blas, checkpoint, locks, untrusted
 from .config import TrainSettings
 from .errors import UserError
 from .optim import flat
@@ -106,8 +106,6 @@ class RunFolder:
             self._refuse_difference(run)
             if self.state and self.state.get("run") != self.id:
                 raise UserError(f"--resume: the checkpoint {self.found} is of another run; delete that folder")
-            for path in (self.metrics_path, self.samples_path):
-                self._cut(path, self.state.get("step", 0))
             return
         names = ("mlx-realign", "mlx", "mlx-lm", "transformers", "numpy")
         content = {
@@ -137,7 +135,7 @@ class RunFolder:
 
     def _refuse_difference(self, now: dict[str, Any]) -> None:
         try:
-            before = json.loads(self.config.read_text())["run"]
+            before = dict(untrusted.read_json(self.config)["run"])
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(f"--resume: {self.config} is missing or damaged; start again in another folder") from error
         told = [
@@ -192,6 +190,11 @@ class RunFolder:
                 file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         except OSError as error:
             raise checkpoint.DiskFull(checkpoint.cannot_write(self.samples_path, error)) from error
+
+    def cut(self) -> None:
+        """Going on: drop the rows after the checkpoint, once that has been put back."""
+        for path in (self.metrics_path, self.samples_path):
+            self._cut(path, self.state.get("step", 0))
 
     def _cut(self, path: Path, step: int) -> None:
         """Drop rows after a step: the ones a killed run wrote after its last checkpoint, half a line included."""

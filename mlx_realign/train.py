@@ -90,7 +90,7 @@ def run(
             checks = selfcheck.run(policy)
         for line in filter(blas.untold, (*policy.notes, *checks.notes, *methods.notes(module, own))):
             reporter.say(line)
-        load = partial(data.load, tokenizer=policy.tokenizer, format=module.FORMAT, settings=settings)
+        load = prepare.loader(policy, module, settings)
         with reporter.waiting("reading the data"):
             train_rows = load(rows if rows is not None else settings.data)
             held_out = prepare.held_out_rows(settings, rows, load)
@@ -304,15 +304,16 @@ class Loop:
         if not self.settings.resume:
             return
         if self.folder.found:
-            state = self.folder.state
-            checkpoint.restore(self.folder.found, self.policy.model, self.optimizer)
-            self.done, self.tokens, self.waited = (state[name] for name in ("step", "tokens", "waited"))
-            self.norms.first, self.norms.last = state["norms"]
-            self.best = (state["best"][0], state["best"][1]) if state["best"] else None
-            self.drift.restore(state.get("drift", {}))
-            self.feed.restore(state.get("feed", {}))
+            with checkpoint.within(self.folder.found, self.folder.state, self.steps) as state:
+                checkpoint.restore(self.folder.found, self.policy.model, self.optimizer)
+                self.done, self.tokens, self.waited = (state[name] for name in ("step", "tokens", "waited"))
+                self.norms.first, self.norms.last = state["norms"]
+                self.best = (state["best"][0], state["best"][1]) if state["best"] else None
+                self.drift.restore(state.get("drift", {}))
+                self.feed.restore(state.get("feed", {}))
             self.proven = self.done > 0
             self.folder.prune(self.best and self.best[1], self.drift.limit.safe_step)  # a killed run may not have
+        self.folder.cut()
         self.reporter.say(f"going on after step {self.done} of {self.steps}")
 
     def show(self, samples: list[dict[str, Any]]) -> None:
@@ -360,9 +361,8 @@ class Loop:
             return
         seed = np.random.default_rng([self.settings.seed, place]).integers(2**32)
         adapter.set_dropout_key(self.policy.model, mx.random.key(int(seed)))
-        mx.eval(
-            [layer._dropout_key for layer in adapter.adapters_of(self.policy.model).values()]
-        )  # other threads use them
+        # other threads use them
+        mx.eval([layer._dropout_key for layer in adapter.adapters_of(self.policy.model).values()])
 
 
 class _Callable(ModuleType):

@@ -19,7 +19,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from . import directions
+from . import directions, untrusted
 from .adapter_targets import blocks_of
 from .errors import UserError
 
@@ -185,6 +185,7 @@ def save(direction: Direction, path: str | Path) -> None:
     os.replace(part, path)
 
 
+MOST = 4_000  # tensors of a file
 ALIKE = ", or use --force (force=True) if you know that they are alike"
 
 
@@ -239,12 +240,13 @@ def spans(blocks: list[int]) -> str:
 
 def _read(path: Path) -> Direction:
     try:
+        untrusted.safetensors_header(path, MOST)
         with safe_open(path, framework="numpy") as file:
             text = (file.metadata() or {}).get(HEADER)
             tensors = {name: file.get_tensor(name) for name in file.keys()}
     except FileNotFoundError:
         raise UserError(f"{path}: no such file. `mlx-realign steer extract` writes directions.") from None
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, OSError, ValueError, TypeError, AttributeError) as error:
         raise UserError(f"{path}: not a complete safetensors file ({error}). Copy or extract it again.") from None
     if text is None:
         raise UserError(f"{path}: not a direction: its header has no {HEADER}. Extract one, or name a .gguf file.")
@@ -260,7 +262,7 @@ def header(direction: Direction) -> str:
 def assemble(path: Path, text: str, tensors: Mapping[str, np.ndarray]) -> Direction:
     """The direction that a file holds, from its `header` and its tensors."""
     try:
-        fields = json.loads(text)
+        fields = untrusted.parse(text)
         norms = fields.pop("median_norm", {})
         about = _about(path, fields)
         found = {kind: by_block(tensors, kind) for kind in (VECTOR, BASELINE)}

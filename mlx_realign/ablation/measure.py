@@ -197,8 +197,10 @@ def texts_of(policy: Policy, file: str) -> tuple[list[Forced], np.ndarray]:
 
     UserError for a file that cannot be read or holds nothing to predict.
     """
-    parts = [part.strip() for part in read_text(file, "--text").split("\n\n") if part.strip()]
-    tokens = [data.encode_prompt(part, policy.tokenizer, chat_template=False) for part in parts]
+    told = [part.strip() for part in read_text(file, "--text").split("\n\n") if part.strip()]
+    tokens = [data.encode_prompt(part, policy.tokenizer, chat_template=False) for part in told]
+    parts = [ids[i : i + WINDOW] for ids in tokens for i in range(0, len(ids), WINDOW)]
+    policy.reach.refuse(parts, policy.tokenizer, f"--text {file}: part")
     texts = [text for ids in tokens for text in _windows(ids, policy.tokenizer.bos_token_id)]
     if not texts:
         raise UserError(f"--text {file}: holds no text to predict.")

@@ -172,6 +172,7 @@ class Perplexity:
         tokens = [data.encode_prompt(text, setting.policy.tokenizer, chat_template=False) for text in texts]
         if short := [text for text, ids in zip(texts, tokens, strict=True) if len(ids) < 2]:
             raise UserError(f"--scorers {self.name}: {short[0]!r} is too short to predict anything from.")
+        setting.policy.reach.refuse(tokens, setting.policy.tokenizer, f"--scorers {self.name}: text")
         self.texts = [Forced(ids[:-1], 0) for ids in tokens]
         self.targets = np.concatenate([np.array(ids[1:], np.int32) for ids in tokens])
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .. import cli, flags, loading, methods
+from .. import cli, flags, loading, methods, reach, untrusted
 from ..errors import UserError
 from ..terminal import Console
 from .convert import ConvertSettings, convert, why_skipped
@@ -121,6 +121,7 @@ def _validate(settings: ValidateSettings, gates: GateSettings, limits: GroupLimi
         settings.file,
         _format(settings.method),
         tokenizer=_tokenizer(settings.model) if settings.model else None,
+        reach=reach.of_config(_config(settings.model)) if settings.model else None,
         max_length=settings.max_length,
         chat_template=settings.chat_template,
         split=settings.split,
@@ -247,17 +248,25 @@ def _tokenizer(name: str) -> Any:
     """The tokenizer of a model folder (weights are not asked for) or hub id."""
     from mlx_lm.utils import load_tokenizer
 
-    folder = Path(name).expanduser()
-    if name == loading.EMBEDDED or not folder.exists():
-        folder = loading.find_model(name)
     try:
-        config = folder / "config.json"
-        ends = json.loads(config.read_text()).get("eos_token_id") if config.is_file() else None
-        return load_tokenizer(folder, eos_token_ids=ends)
+        return load_tokenizer(_folder(name), eos_token_ids=_config(name).get("eos_token_id"))
+    except UserError:
+        raise
     except Exception as error:  # whatever a broken folder makes the readers raise, the user gets one line
         raise UserError(
             f"--model {name}: its tokenizer cannot be read: {str(error).strip().splitlines()[0]}"
         ) from error
+
+
+def _folder(name: str) -> Path:
+    folder = Path(name).expanduser()
+    return loading.find_model(name) if name == loading.EMBEDDED or not folder.exists() else folder
+
+
+def _config(name: str) -> dict[str, Any]:
+    """config.json of a model, or {} where its folder has none: only the tokenizer is needed."""
+    path = _folder(name) / "config.json"
+    return untrusted.read_json(path) if path.is_file() else {}
 
 
 if __name__ == "__main__":

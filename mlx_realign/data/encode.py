@@ -10,6 +10,7 @@ import numpy as np
 
 from ..batch import Completion, Example
 from ..errors import UserError
+from ..reach import Reach
 from .chat import Pieces, encode_chats, encode_openings, split
 from .formats import Row, is_conversation
 from .messages import Message, RowError, is_trained
@@ -29,8 +30,18 @@ Outcome = Example | RowError | TooLong
 class Encoder:
     """Tokenises rows with one tokenizer and one set of settings; `counts` says what happened on the way."""
 
-    def __init__(self, tokenizer: Any, *, chat_template: bool, max_length: int | None, truncate: str):
+    def __init__(
+        self,
+        tokenizer: Any,
+        *,
+        chat_template: bool,
+        max_length: int | None,
+        truncate: str,
+        reach: Reach | None = None,
+    ):
+        """reach: of the model that shall read the rows; a row that goes beyond is a bad one."""
         self.words = Words(tokenizer)
+        self.reach, self.longest = reach or Reach(), 0  # tokens of the longest row
         self.max_length, self.truncate = max_length, truncate
         self.templated = chat_template and self.words.has_template
         self.refuses_chats = chat_template and not self.words.has_template
@@ -131,6 +142,8 @@ class Encoder:
             self.counts["truncated_rows"] += 1
             self.counts["truncated_tokens"] += tokens - self.max_length
             pieces = cut
+        if wrong := self._beyond(pieces):
+            return RowError(wrong)
         if any(not c.mask.any() for c in pieces.completions):
             return RowError("no token of the completion is trained")
         if row.group:
@@ -139,6 +152,14 @@ class Encoder:
         if any(np.array_equal(chosen.tokens, c.tokens) for c in others):
             return RowError("chosen and rejected become the same tokens")
         return Example(pieces.prompt, pieces.completions, line, key_of(*pieces), row.extras)
+
+    def _beyond(self, pieces: Pieces) -> str | None:
+        """What of a row the model has no table entry for."""
+        texts = [pieces.prompt, *(c.tokens for c in pieces.completions)]
+        tokens = len(texts[0]) + max(map(len, texts[1:]), default=0)
+        self.longest = max(self.longest, tokens)
+        faults = (self.reach.fault(ids, self.words.base) for ids in texts)
+        return self.reach.too_long(tokens) or next(filter(None, faults), None)
 
     def _group(self, line: int, row: Row, pieces: Pieces) -> Outcome:
         """A group keeps one of the completions that become the same tokens (a template may trim them)."""

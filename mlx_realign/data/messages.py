@@ -5,6 +5,8 @@ import re
 import sys
 from typing import Any, NamedTuple
 
+from ..errors import shortened
+
 Message = dict[str, Any]
 Content = str | list[Message]
 
@@ -21,7 +23,6 @@ RESERVED_OPTIONS = frozenset(
     "tokenizer_kwargs processor_kwargs bos_token eos_token unk_token sep_token pad_token cls_token mask_token "
     "additional_special_tokens raise_exception strftime_now namespace range dict cycler joiner lipsum self".split()
 )
-LONGEST = 1000  # characters of a reason
 DEEPEST = 100  # lists and objects in one another
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 SHAREGPT_ROLES = {
@@ -34,8 +35,8 @@ SHAREGPT_ROLES = {
 class RowError(ValueError):
     """Why one row cannot be used; the caller says where it stands. What it quotes is cut where it is long."""
 
-    def __init__(self, text: str) -> None:
-        super().__init__(text if len(text) <= LONGEST else f"{text[: LONGEST // 2]} [...] {text[-LONGEST // 2 :]}")
+    def __init__(self, reason: str) -> None:
+        super().__init__(shortened(reason))
 
 
 class Row(NamedTuple):

@@ -11,6 +11,7 @@ from typing import Any
 from ..batch import Example
 from ..config import TrainSettings
 from ..errors import UserError
+from ..reach import Reach
 from . import source as sources
 from . import store
 from .encode import Encoder, TooLong
@@ -30,10 +31,12 @@ def load(
     settings: TrainSettings,
     split: str = "train",
     progress: Callable[[int], None] | None = None,
+    reach: Reach | None = None,
 ) -> store.Dataset:
     """Tokenise rows of `format` (one of FORMATS) once and open them from the disk cache.
 
     path: JSONL file, folder with train/valid/test.jsonl (`split` picks), hub dataset id, or a list of dicts.
+    reach: limits of the model that shall read them (`Policy.reach`); a row beyond them is a bad one.
     Of settings, chat_template, max_length, truncate and skip_bad_rows count. `progress` is called with the number of
     rows read so far while a file is tokenised (never for one that is cached). Raises UserError with every reason
     (the first 20 rows in full) when rows are bad and skip_bad_rows is off, or too long and truncate is "error".
@@ -46,6 +49,7 @@ def load(
         chat_template=settings.chat_template,
         max_length=settings.max_length,
         truncate=settings.truncate,
+        reach=reach,
     )
     content = sources.content_hash(source)
     fingerprint = _fingerprint(content, encoder, format, settings)
@@ -188,6 +192,7 @@ def _fingerprint(content: str, encoder: Encoder, format: str, settings: TrainSet
         settings.max_length,
         settings.truncate,
         settings.skip_bad_rows,
+        encoder.reach,
     ]
     return hashlib.blake2b(json.dumps(parts).encode(), digest_size=16).hexdigest()
 
@@ -244,6 +249,8 @@ _NOTES = {
 def notes(encoder: Encoder, max_length: int | None) -> list[str]:
     """What the user should know about how the rows became tokens, one sentence each."""
     lines = [text.format(encoder.counts[key], max_length) for key, text in _NOTES.items() if encoder.counts[key]]
+    if told := encoder.reach.note(encoder.longest):
+        lines.append(told)
     if encoder.refuses_chats:
         lines.append("the tokenizer has no chat template: rows are raw text plus the end token")
     return lines

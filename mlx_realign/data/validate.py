@@ -13,6 +13,7 @@ import numpy as np
 
 from ..config import TrainSettings
 from ..errors import UserError
+from ..reach import Reach
 from . import source as sources
 from .encode import Encoder
 from .formats import Row, accepted, as_messages
@@ -90,18 +91,21 @@ def validate(
     split: str = "train",
     gates: GateSettings | None = None,
     groups: GroupChecks | None = None,
+    reach: Reach | None = None,
 ) -> dict[str, Any]:
     """Judge a file. Lengths are in tokens of `tokenizer`, in characters without one.
 
     Returns rows, bad [{line, reason}], warnings [{line, reason}], lengths {unit, prompt, completion, total: {p50 ...}},
     over_max_length {rows, share, completion_alone, max_length} (None without tokenizer or max_length), notes, and gates
     (what `Gates.verdicts` returns; empty where none are asked for). groups: what is asked of groups beside that.
+    reach: limits of the model (`Policy.reach`, `reach.of_config`); a row beyond them is bad.
     UserError where there is no file, no row, or messages meet a tokenizer without a template.
     """
     source = sources.resolve(path, split)
     settings = TrainSettings(chat_template=chat_template, skip_bad_rows=True)
     problems = Problems(str(source) if isinstance(source, Path) else "rows", format, settings, shown=None)
-    encoder = tokenizer and Encoder(tokenizer, chat_template=chat_template, max_length=None, truncate="error")
+    limits = {"max_length": None, "truncate": "error", "reach": reach}
+    encoder = tokenizer and Encoder(tokenizer, chat_template=chat_template, **limits)
     sizes: dict[str, array] = {name: array("q") for name in ("prompt", "completion", "total")}
     warnings: list[dict[str, Any]] = []
     unit, meter = "tokens" if encoder else "characters", None

@@ -110,7 +110,8 @@ def screen(
     name = str(source) if isinstance(source, Path) else "rows"
     shared = TrainSettings(skip_bad_rows=settings.skip_bad_rows, chat_template=settings.chat_template)
     bad = pipeline.Problems(name, "sft", shared)
-    encoder = Encoder(policy.tokenizer, chat_template=settings.chat_template, max_length=None, truncate="error")
+    limits = {"max_length": None, "truncate": "error", "reach": policy.reach}
+    encoder = Encoder(policy.tokenizer, chat_template=settings.chat_template, **limits)
     found: dict[int, list[float]] = {}
     for piece in _pieces(source, settings, bad):
         examples = pipeline.examples(piece, encoder, bad)
