@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import mlx.core as mx
@@ -178,6 +179,9 @@ def test_a_long_proof_says_so_and_ctrl_c_ends_it_in_one_line(libraries: dict[str
     asked.send_signal(signal.SIGINT)  # to it alone: a terminal would tell the child too
     output, errors = asked.communicate(timeout=20)
     assert (asked.returncode, output, errors) == (130, "", "interrupted\n")
+    deadline = time.monotonic() + 10  # killed; gone once whoever inherited it has looked
+    while Path(f"/proc/{child}").exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
     assert not Path(f"/proc/{child}").exists()
 
 
