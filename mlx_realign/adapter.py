@@ -19,6 +19,8 @@ from .adapter_peft import read_peft
 from .adapter_targets import adaptable, blocks_of, find_targets, in_order, is_router, tied_head
 from .errors import UserError
 
+SPARE = 4096  # tensors of an adapter's file beyond those that fit, which are then named
+
 
 def attach(
     model: nn.Module,
@@ -151,7 +153,7 @@ def load(model: nn.Module, folder: str | Path, *, dropout: float | None = None) 
     folder = Path(folder)
     layers = adapters_of(model)
     bases = {path: base_of(layer) for path, layer in layers.items()} or adaptable(model, routers=True)
-    most = 4 * sum(getattr(base, "num_experts", 1) for base in bases.values()) + 16  # tensors
+    most = 4 * sum(getattr(base, "num_experts", 1) for base in bases.values()) + SPARE
     peft = (folder / PEFT_WEIGHTS).exists()
     file = read_peft(folder, bases, tied_head(model), most) if peft else read_mlx(folder, most)
     refuse_misfits(file, bases, complete=bool(layers))

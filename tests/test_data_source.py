@@ -76,7 +76,7 @@ def test_what_is_quoted_of_a_row_is_cut_and_depth_has_an_end():
         parse({**ROW, "tools": deep}, "sft")
 
 
-def test_what_is_no_file_is_refused_at_once(tmp_path):
+def test_what_is_no_file_is_refused_at_once(tmp_path, monkeypatch):
     os.mkfifo(tmp_path / "pipe.jsonl")
     (tmp_path / "split").mkdir()
     os.mkfifo(tmp_path / "split" / "train.jsonl")
@@ -85,7 +85,7 @@ def test_what_is_no_file_is_refused_at_once(tmp_path):
     (tmp_path / "round" / "round").symlink_to("..")
     began = time.perf_counter()
     with socket.socket(socket.AF_UNIX) as server:
-        os.chdir(tmp_path)  # a socket's path is short
+        monkeypatch.chdir(tmp_path)  # a socket's path is short
         server.bind("socket")
         for name, reason in {
             "pipe.jsonl": "is a pipe, and rows are read more than once: write them into a file first",
