@@ -4,13 +4,15 @@
 `install` lets the modules of one model call the fused forms of functions of mlx-lm, after a check on this device.
 """
 
+import sys
 from collections.abc import Callable
 from functools import cache
 from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
 
-from . import attention, swiglu
+from . import attention, gated_delta, plain_gradient, swiglu
 from .switch import Switch
 
 __all__ = ["Switch", "install"]
@@ -39,8 +41,45 @@ def install(model: Any) -> Switch:
     switch.put(stock, _attention_of(switch, stock, attending))
     if gated:
         switch.put(activations.swiglu, _swiglu_of(switch, activations.swiglu, gated))
+    _recurrent(switch, {type(module).__module__ for module in model.modules()})
     switch.take(model)
+    plain_gradient.set_modes(model)
     return switch
+
+
+def _recurrent(switch: Switch, files: set[str]) -> None:
+    """Functions of a recurrence whose kernels on a GPU have no gradient; looked at where a model file has them."""
+    held = {name: value for file in files for name, value in vars(sys.modules[file]).items()}
+    if stock := held.get("gated_delta_update"):
+        if trouble := _gated_delta():
+            switch.notes.append(f"kernel gated_delta_update: {trouble}; mlx-lm's own is used")
+        else:
+            switch.put(stock, gated_delta.of(lambda: switch.on, stock))
+    if stock := held.get("wkv7_kernel"):
+        switch.put(stock, plain_gradient.wkv7(stock))
+
+
+@cache
+def _gated_delta() -> str | None:
+    """The chunked form against mlx-lm's steps, with a gate of each kind; more tokens than a chunk."""
+    from mlx_lm.models.gated_delta import gated_delta_ops
+
+    for channels, length in ((1, gated_delta.CHUNK + 3), (16, gated_delta.CHANNELS_CHUNK + 3)):
+        shapes = [(1, length, 2, 16), (1, length, 2, 16), (1, length, 4, 8), (1, length, 4, channels), (1, length, 4)]
+
+        def bound(run: Any, channels: int = channels) -> Any:
+            def outputs(q: mx.array, k: mx.array, v: mx.array, gate: mx.array, beta: mx.array) -> mx.array:
+                log_g, unit = -nn.softplus(gate), k / mx.linalg.norm(k, axis=-1, keepdims=True)
+                log_g = log_g[..., 0] if channels == 1 else log_g
+                y, last = run(q, unit, v, log_g, mx.sigmoid(beta), mx.zeros((1, 4, 8, 16)))
+                return mx.concatenate([y.flatten(), last.flatten()])
+
+            return outputs
+
+        stepped = bound(lambda q, k, v, g, beta, state: gated_delta_ops(q, k, v, mx.exp(g), beta, state))
+        if trouble := _differs(bound(gated_delta.chunked), stepped, shapes):
+            return trouble
+    return None
 
 
 @cache

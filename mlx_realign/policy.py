@@ -9,14 +9,14 @@ import gc
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 from mlx.utils import tree_flatten, tree_map
 
-from . import adapter, balance, blas, fingerprint, forward, loading, reach, taps
+from . import adapter, balance, blas, compiled, fingerprint, forward, loading, reach
 from .batch import Batch, LossOutput, Scores
 from .config import TrainSettings
 from .errors import UserError
@@ -245,34 +245,17 @@ class Policy:
 
     def compile(self) -> None:
         """Compile the gradient: one trace per loss and shape (pad to `width`). For GPUs; a CPU then uses one worker."""
-        self._traces: dict[Loss, Any] = {}
+        self._traced = compiled.Gradient(self.model, self.differentiate)
         self.compiled, self.workers = True, Workers(1)
 
     def _gradients(self, batch: Batch, loss: Loss) -> tuple[LossOutput, dict[str, Any]]:
-        if not self.compiled or self.even:  # a trace cannot know which prompts are of one length
-            return self.differentiate(batch, loss)
-        if loss not in self._traces:
-            state = [self.model.state]  # also an output: checkpointed layers exchange parameters while they run
-            forms: dict[tuple[str, ...], Any] = {}
-            run = partial(self._packed, loss=loss, forms=forms)
-            self._traces[loss] = mx.compile(run, inputs=state, outputs=state), forms, set()
-        run, forms, traced = self._traces[loss]
-        arrays: Any = [*tree_flatten(batch), *tree_flatten(taps.held(self.model))]
-        shapes = tuple(x.shape for _, x in arrays if isinstance(x, mx.array))
-        with nullcontext() if shapes in traced else forward.restored(self.model):
-            packed, grads = run(batch)
-        traced.add(shapes)
-        return tree_map(lambda i: packed[i], forms[tuple(sorted(batch.extras))]), grads
-
-    def _packed(self, batch: Batch, loss: Loss, forms: dict[tuple[str, ...], Any]) -> tuple[mx.array, dict[str, Any]]:
-        """As `differentiate`, the scalars in one array: MLX does not compile two outputs that are the same expression.
-
-        forms: takes down, by the batch's extras, the tree of places in that array.
-        """
-        out, grads = self.differentiate(batch, loss)
-        leaves: list[mx.array] = []
-        forms[tuple(sorted(batch.extras))] = tree_map(lambda x: (leaves.append(x), len(leaves) - 1)[1], out)
-        return mx.stack([x.astype(mx.float32) for x in leaves]), grads
+        if self.compiled and not self.even:  # a trace cannot know which prompts are of one length
+            try:
+                return self._traced(batch, loss)
+            except compiled.LooksAtNumbers:
+                self.compiled = False
+                self.notes.append(compiled.NOTE)
+        return self.differentiate(batch, loss)
 
     def differentiate(self, batch: Batch, loss: Loss) -> tuple[LossOutput, dict[str, Any]]:
         """As `gradients`, in one piece and not evaluated."""

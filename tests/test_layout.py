@@ -37,7 +37,7 @@ LAYERS = [
         "rollout",
         "capture",
     }
-    | {"bench", "writers", "vectors", "gguf_vectors", "verifiers", "data"},
+    | {"bench", "compiled", "writers", "vectors", "gguf_vectors", "verifiers", "data"},
     {"methods", "preference", "steering", "ablation"},
 ]
 MLX_LM_USERS = {"policy", "loading", "forward", "decoding", "stepping", "adapter", "data", "generate", "kernels"}
