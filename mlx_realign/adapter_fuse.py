@@ -26,16 +26,6 @@ from .adapter_layers import (
 from .errors import UserError
 
 
-def load_base(folder: Path, trust_remote_code: bool = False) -> tuple[nn.Module, dict[str, Any]]:
-    """Model and config.json of a folder, weights as they are on disk and not yet read. UserError if it is broken."""
-    try:
-        model, config = mlx_lm_utils.load_model(folder, lazy=True, trust_remote_code=trust_remote_code)
-    except Exception as error:  # whatever a broken folder makes the readers raise, the user gets one line
-        line = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
-        raise UserError(f"{folder}: cannot be loaded as a model: {line}") from error
-    return model, config
-
-
 def quantised(model: nn.Module) -> bool:
     """Whether any layer is."""
     return any("scales" in module and hasattr(module, "bits") for _, module in model.named_modules())

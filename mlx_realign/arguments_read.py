@@ -66,7 +66,16 @@ def read_by(config: dict[str, Any], model_class: type, args_class: type) -> Take
     for module in (sys.modules[args.__module__], *modules):
         _reach(module, everything)
     source = "\n".join(map(source_of, everything.values())).strip()
-    return Taken(args, part, dict(inspect.signature(args).parameters), source)
+    return Taken(args, part, _fields(args), source)
+
+
+def _fields(args: Any) -> dict[str, inspect.Parameter]:
+    """What the class takes, each with its default; a list has one that is made anew each time."""
+    made = {key: field.default_factory for key, field in getattr(args, "__dataclass_fields__", {}).items()}
+    return {
+        key: given.replace(default=make()) if callable(make := made.get(key)) else given
+        for key, given in inspect.signature(args).parameters.items()
+    }
 
 
 def source_of(module: ModuleType | None) -> str:

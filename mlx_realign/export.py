@@ -19,7 +19,7 @@ import mlx.nn as nn
 
 from . import adapter, cli, files, flags, loading
 from .adapter_files import PEFT_WEIGHTS, read_config, read_mlx
-from .adapter_fuse import dequantise, fuse, load_base, quantised, save_model
+from .adapter_fuse import dequantise, fuse, quantised, save_model
 from .adapter_layers import EMBEDDING
 from .adapter_peft import last_part, to_peft
 from .errors import UserError
@@ -63,7 +63,7 @@ def export_peft(settings: Settings, output: Path) -> str:
     outside = [path for path in paths if not re.search(r"\.\d+\.", path) and last_part(path) != "lm_head"]
     embeddings = {}
     if outside:
-        model, _ = load_base(loading.find_model(base_name(settings)), settings.trust_remote_code)
+        model, _ = loading.load_base(loading.find_model(base_name(settings)), settings.trust_remote_code)
         modules, tied = dict(model.named_modules()), adapter.tied_head(model)
         embeddings = {path: tied for path in outside if isinstance(modules.get(path), EMBEDDING)}
     to_peft(folder, output, base_name(settings), embeddings)
@@ -73,7 +73,7 @@ def export_peft(settings: Settings, output: Path) -> str:
 def export_fused(settings: Settings, output: Path) -> str:
     """Write the fused model and say how far it is from base + adapter. UserError for a quantised base (see above)."""
     source = loading.find_model(base_name(settings))
-    model, config = load_base(source, settings.trust_remote_code)
+    model, config = loading.load_base(source, settings.trust_remote_code)
     if settings.dequantize:
         dequantise(model, config)
     adapter.load(model, Path(settings.adapter))

@@ -20,7 +20,9 @@ from mlx_lm.models.cache import KVCache, RotatingKVCache, make_prompt_cache
 
 from . import balance, calls, taps
 from .batch import Batch
+from .errors import said
 
+STOPS = "the model's code stops there"
 WINDOW = 4  # attention windows are shrunk to this for a check, so that a short prompt is longer than them
 WINDOWS = "window window_size sliding_window sliding_window_size attention_window_size loop_window_size".split()
 WINDOWS += ["attention_chunk_size"]
@@ -90,6 +92,13 @@ def shareable(model: nn.Module) -> str | None:
     kinds = {type(entry) for entry in entries} - {KVCache, RotatingKVCache}
     if kinds:
         return f"its cache holds {', '.join(sorted(kind.__name__ for kind in kinds))}"
+    token, rows = mx.zeros((1, 1), mx.int32), mx.zeros(1, mx.int32)
+    try:  # nothing is computed: a model file that takes other caches than mlx-lm's amiss does so before
+        recorders = record(model, rows, 1)
+        model(token, cache=recorders)
+        model(token, cache=[PromptReader(recorder, rows) for recorder in recorders])
+    except Exception as error:  # whatever an architecture raises, its rows are computed alone
+        return f"{STOPS} ({said(error)})"
     return None
 
 

@@ -97,8 +97,8 @@ def load(
         kind = config.get("model_type")
         if reason := WRONG.get(str(kind)):
             raise UserError(f"--model {name}: {reason}")
-        found = _classes(config)
-        notes.extend(arguments.complete(config, *found))
+        found, told = _completed(config)
+        notes.extend(told)
         return found
 
     try:
@@ -127,6 +127,28 @@ def load(
     except Exception as error:  # a file that ends too early
         raise UserError(f"--model {name}: its weights cannot be read: {_said(error, folder)}") from error
     return Loaded(model, tokenizer, config, folder, notes, None if config.get("quantization") else quantize)
+
+
+def load_base(folder: Path, trust_remote_code: bool = False) -> tuple[nn.Module, dict[str, Any]]:
+    """Model and config.json of a folder, weights as they are on disk and not yet read. UserError if it is broken.
+
+    The config says all that the model was made with: mlx-lm alone reads a folder written with it as `load` does.
+    """
+    try:
+        return mlx_lm_utils.load_model(
+            folder,
+            lazy=True,
+            get_model_classes=lambda config: _completed(config)[0],
+            trust_remote_code=trust_remote_code,
+        )
+    except Exception as error:  # whatever a broken folder makes the readers raise, the user gets one line
+        raise UserError(f"{folder}: cannot be loaded as a model: {_said(error, folder)}") from error
+
+
+def _completed(config: dict[str, Any]) -> tuple[tuple[type, type], list[str]]:
+    """Classes for a config, which is completed for them, and what is to be told of that."""
+    found = _classes(config)
+    return found, arguments.complete(config, *found)
 
 
 def _classes(config: dict[str, Any]) -> tuple[type, type]:

@@ -19,7 +19,7 @@ from mlx.utils import tree_flatten
 from . import adapter, forward, selfcheck_reference
 from .batch import Batch, LossOutput, Scores
 from .errors import said
-from .forward import shrunk_windows
+from .forward import STOPS, shrunk_windows
 from .policy import Policy
 from .selfcheck_reference import nudged, weights_of
 
@@ -27,8 +27,6 @@ from .selfcheck_reference import nudged, weights_of
 # bfloat16, and to 7e-2 there on the worst of mlx-lm's architectures; keys that get no gradient, positions off by one or
 # a pad token that is seen come to more than 1 in both.
 LIMIT = {mx.float32: 2e-3, mx.bfloat16: 1.5e-1, mx.float16: 5e-2}
-
-STOPS = "the model's code stops there"
 
 
 class Checks(NamedTuple):

@@ -16,7 +16,7 @@ from mlx.utils import tree_map_with_path
 from mlx_lm.utils import _get_classes, load_model, save_model
 from transformers import CONFIG_MAPPING
 
-from mlx_realign import arguments, selfcheck
+from mlx_realign import adapter, arguments, export, selfcheck
 from mlx_realign.config import TrainSettings
 from mlx_realign.errors import UserError
 from mlx_realign.loading import load
@@ -141,6 +141,20 @@ def test_what_transformers_5_writes_is_what_mlx_lm_reads(arch: str, tmp_path: Pa
     assert np.abs(np.array(unread) - np.array(model(TOKENS))).max() > 0.01, "mlx-lm reads it now"
 
 
+@pytest.mark.parametrize("arch", ["llama", "stablelm"])  # mlx-lm reads the one wrongly, and the other not at all
+def test_a_model_fused_from_what_transformers_5_writes_is_read_by_mlx_lm_alone(arch: str, tmp_path: Path):
+    explicit, saved, rest = WRITTEN[arch]
+    model = make_model(config_of(arch, rest, explicit))
+    folder = str(write(tmp_path / "model", model, config_of(arch, rest, saved)))
+    policy = Policy.from_settings(TrainSettings(model=folder, data="unread", dtype="float32"))
+    policy.model.update(tree_map_with_path(lambda _, value: value + 0.02, policy.model.trainable_parameters()))
+    adapter.save(policy.model, tmp_path / "adapter", base_model=folder)
+    assert export.main([str(tmp_path / "adapter"), "--to", "fused", "--output", str(tmp_path / "fused")]) == 0
+    moved = policy.model(TOKENS)
+    assert np.abs(np.array(moved) - np.array(model(TOKENS))).max() > 0.1
+    np.testing.assert_allclose(load_model(tmp_path / "fused")[0](TOKENS), moved, atol=1e-3)
+
+
 def test_the_angle_of_a_position_is_the_one_config_json_says(tmp_path: Path):
     """The last of 8 pairs of a head turns by theta^(-7/8) a position."""
     config = config_of("llama", {"rope_parameters": {"rope_theta": 5000.0, "rope_type": "default"}})
@@ -211,6 +225,14 @@ def test_a_text_config_of_null_is_none(tmp_path: Path):
     config = config_of("llama", {"rope_theta": 300.0}) | {"text_config": None}
     folder = write(tmp_path / "model", make_model(config), config)
     assert load(str(folder)).notes == []
+
+
+def test_what_config_json_leaves_to_defaults_that_differ_is_told_with_both():
+    """Falcon H1's multipliers are 1 in transformers, and in mlx-lm those of one published model."""
+    notes = {note.split()[4].rstrip(":"): note for note in complete(config_of("falcon_h1", {"key_multiplier": 0.5}))}
+    assert "it is [1.0, 1.0] as in transformers; mlx-lm alone takes [0.88" in notes["mlp_multipliers"]
+    assert "it is 1.0 as in transformers; mlx-lm alone takes 1.25" in notes["ssm_in_multiplier"]
+    assert "key_multiplier" not in notes
 
 
 def test_names_that_transformers_changed_are_found():

@@ -13,6 +13,7 @@ from policy_tools import Numbers, make_model, make_policy
 from test_rollout import TOKENS
 
 from mlx_realign import data, generate, rollout, taps, ways
+from mlx_realign.batch import Completion, Example
 from mlx_realign.policy import Policy
 from mlx_realign.sampling import Sampling
 from mlx_realign.steering import Steer, steer
@@ -102,6 +103,16 @@ def test_rollouts_have_the_log_probs_of_plain_passes(policy):
     for prompt, (one,) in zip(TOKENS, greedy, strict=True):
         logps = plain(policy.model, prompt, one.tokens)
         assert (logps.max(-1) - logps[np.arange(len(one.tokens)), one.tokens]).max() < 1e-4
+
+
+def test_scores_of_a_policy_that_was_only_loaded_are_those_of_plain_passes(policy):
+    """Without the checks of a training run: what shares no prompts computes its rows alone."""
+    tokens = np.array([8, 30, 4, 61], np.int32)
+    alike = (Completion(tokens, np.ones(4, bool)), Completion(tokens[:2], np.ones(2, bool)))
+    batch = data.collate([Example(np.array(p, np.int32), alike, 0, str(i), {}) for i, p in enumerate(TOKENS)])
+    found = np.array(policy.scores(batch).logps)
+    for row, prompt in zip(found[::2], TOKENS, strict=True):
+        np.testing.assert_allclose(row, plain(policy.model, prompt, tokens)[np.arange(4), tokens], atol=1e-4)
 
 
 def test_what_is_steered_begins_behind_each_prompt(policy):

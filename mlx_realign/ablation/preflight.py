@@ -3,7 +3,7 @@
 
 import numpy as np
 
-from .. import adapter, adapter_fuse
+from .. import adapter, adapter_fuse, loading
 from ..bench import outputs
 from ..errors import UserError
 from ..policy import Policy
@@ -42,7 +42,7 @@ def _refuse_unstorable(policy: Policy, writers: list[Writer], settings: Settings
             raise UserError(
                 "--variant affine: the weights are quantised, and cannot be edited. Load them with --dtype float32."
             )
-        model, config = adapter_fuse.load_base(policy.folder, trusted)  # its weights are not read
+        model, config = loading.load_base(policy.folder, trusted)  # its weights are not read
         if settings.dequantize:
             adapter_fuse.dequantise(model, config)
         variants.hold_biases(model, config, [writer.path for writer in writers])

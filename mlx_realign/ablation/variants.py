@@ -17,9 +17,10 @@ import numpy as np
 from mlx.utils import tree_flatten
 
 from .. import adapter, taps
-from ..adapter_fuse import dequantise, load_base, quantised, save_model, store
+from ..adapter_fuse import dequantise, quantised, save_model, store
 from ..adapter_layers import Base
 from ..errors import UserError
+from ..loading import load_base
 from ..policy import Policy
 from ..writers import module_at
 from .edit import Applied, Edit, Factors, factors_of, rows_of

@@ -21,10 +21,11 @@ from mlx.utils import tree_flatten
 
 from .. import adapter, taps, writers
 from ..ablation import edit
-from ..adapter_fuse import load_base, save_model
+from ..adapter_fuse import save_model
 from ..adapter_layers import EMBEDDING, matrix_shape
 from ..adapter_targets import adaptable
 from ..errors import UserError
+from ..loading import load_base
 from ..policy import Policy
 from .spec import Steer
 
