@@ -142,9 +142,8 @@ def main(architectures: list[str]) -> int:
     grid_models.elsewhere = off
     for named in architectures:
         arch, *own = named.split(",")
-        grid_models.CONFIGS["models"][arch] |= {
-            key: json.loads(value) for key, _, value in (x.partition("=") for x in own)
-        }
+        settings = dict(setting.split("=") for setting in own)
+        grid_models.CONFIGS["models"][arch] |= {key: json.loads(value) for key, value in settings.items()}
         met.clear()
         with tempfile.TemporaryDirectory() as folder:
             found = measure(arch, Path(folder) / arch)

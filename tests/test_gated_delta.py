@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The gated delta rule in chunks equals mlx-lm's steps: values, gradients, states, whatever the gates; no kernel is met."""
+"""The gated delta rule in chunks equals mlx-lm's steps: values, gradients and states, whatever the gates."""
 
 from typing import Any
 
@@ -11,7 +11,7 @@ from mlx_lm.models import gated_delta as stock
 from mlx_realign.kernels import gated_delta, plain_gradient
 
 OURS = gated_delta.of(lambda: True, stock.gated_delta_update)
-# tokens, heads of keys and values, widths of both, a gate for each channel, lower bound, beta up to 2, strength of gates
+# tokens, heads of keys and values, widths of both, a gate for each channel, lower bound, beta up to 2, strength
 CASES = {
     "one chunk": (37, (2, 4), (16, 8), False, None, False, 1.0),
     "chunks": (130, (2, 2), (32, 16), False, None, True, 1.0),
