@@ -186,7 +186,8 @@ def cannot_write(path: Path, error: Exception, arrays: Sequence[mx.array] = ()) 
     there = next(folder for folder in path.absolute().parents if folder.exists())
     free, needed = shutil.disk_usage(there).free, sum(value.nbytes for value in arrays)
     if getattr(error, "errno", None) == errno.ENOSPC or free < max(needed, 1 << 20):
-        return f"{path} cannot be written: the disk is full ({free / 1e6:.1f} MB free, {needed / 1e6:.1f} MB needed)"
+        room = f"{free / 1e6:.1f} MB free, {needed / 1e6:.1f} MB needed"
+        return f"{path} cannot be written: the disk is full ({room}); make room"
     return f"{path} cannot be written: {error}"
 
 

@@ -21,6 +21,10 @@ from .flags import nearest
 PACKAGE = Path(__file__).parent
 # Patterns, and not Python's parser: it would take longer over the package than all that `mlx-realign --help` does.
 MAIN = re.compile(r"^def main\(", re.MULTILINE)
+NOBODYS_HOME = (
+    "a path begins with ~, and that home is not known. Write the whole path, in flags and files as in the variables "
+    "HOME and MLX_REALIGN_CACHE"
+)
 DOCSTRING = re.compile(r'(?:#.*\n)*"""(.*?)(?:"""|\n)')
 
 
@@ -50,6 +54,12 @@ def _code(main: Callable[[list[str]], int | None], words: list[str]) -> int:
     except UserError as error:
         sys.stdout.flush()
         print(f"error: {error}", file=sys.stderr)
+        return 2
+    except RuntimeError as error:
+        if "home directory" not in str(error):  # of Path.expanduser, which says no more
+            raise
+        sys.stdout.flush()
+        print(f"error: {NOBODYS_HOME}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as stop:
         print(str(stop) or "interrupted", file=sys.stderr)  # a command may say what it keeps

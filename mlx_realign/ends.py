@@ -66,7 +66,8 @@ def _handling(handler: Handler, numbers: tuple[signal.Signals, ...]) -> Iterator
     before = {}
     try:
         for number in numbers:
-            if not (number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN):
+            now = signal.getsignal(number)  # None: one of C, which could not be put back
+            if now is not None and not (number == signal.SIGHUP and now == signal.SIG_IGN):
                 before[number] = signal.signal(number, handler)
     except ValueError:  # not in the main thread: the caller's own business
         pass

@@ -15,6 +15,8 @@ from typing import Any, TextIO
 from . import locks
 from .errors import UserError
 
+DRAFT = ".mlx-realign.draft"
+
 
 @contextmanager
 def new_file(path: Path) -> Iterator[TextIO]:
@@ -32,15 +34,22 @@ def new_folder(path: Path) -> Iterator[Path]:
     """
     require_new_folder(path)
     whole = path.absolute()  # "." has no name of its own
-    draft = whole.with_name(f".{whole.name}.draft")
+    stays = whole.is_dir() and (os.path.ismount(whole) or whole.samefile(Path.cwd()))  # nothing can take its name
+    stays = stays or (whole / DRAFT).exists()
+    draft = whole / DRAFT if stays else whole.with_name(f".{whole.name}.draft")
     with locks.only_writer(draft, f"--output {path}"):
         try:
             for left in draft.iterdir():
                 if left.name != locks.NAME:
                     shutil.rmtree(left) if left.is_dir() else left.unlink()
             yield draft
-            os.replace(draft, path)
-            (path / locks.NAME).unlink()
+            if stays:
+                for made in draft.iterdir():
+                    if made.name != locks.NAME:
+                        made.rename(whole / made.name)
+            else:
+                os.replace(draft, path)
+                (path / locks.NAME).unlink()
         except OSError as error:
             raise UserError(f"--output {path}: cannot be written: {error.strerror or error}") from error
         finally:
@@ -75,7 +84,7 @@ def write_rows(file: TextIO, rows: Iterable[dict[str, Any]]) -> None:
 
 def require_new_folder(path: Path) -> None:
     """UserError where a path is there and is no empty folder."""
-    if path.exists() and not (path.is_dir() and not path.is_symlink() and not any(path.iterdir())):
+    if path.exists() and not (path.is_dir() and not path.is_symlink() and all(x.name == DRAFT for x in path.iterdir())):
         raise UserError(f"--output {path}: exists and is not an empty folder. Give a new one.")
 
 
@@ -91,5 +100,6 @@ def _name(draft: Path, path: Path) -> None:
 
 
 def _require_new(path: Path) -> None:
+    locks.refuse_name(path, f"--output {path}")
     if path.exists():
         raise UserError(f"--output {path}: exists already. Give a new name.")

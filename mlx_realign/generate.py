@@ -23,6 +23,7 @@ from . import cli, data, flags, rollout, streams, taps, ways
 from .ends import Ended
 from .errors import UserError
 from .policy import Policy
+from .workers import known_thread
 
 
 @dataclass(frozen=True)
@@ -105,6 +106,7 @@ class Session:
         """
         rollout.refuse_empty(prompt, "generate: the prompt")
         self.policy.reach.refuse([prompt], self.policy.tokenizer, new=self.settings.max_new_tokens)
+        known_thread()
         rest = self._reuse(prompt)
         asked = self.settings
         sampler = make_sampler(asked.temperature, asked.top_p, asked.min_p, top_k=asked.top_k)

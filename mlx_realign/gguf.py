@@ -20,6 +20,7 @@ STRING, ARRAY = 8, 9
 FLOATS = {0: "<f4", 1: "<f2"}  # tensor type -> NumPy's
 ITEMS = 2_000_000  # strings and values that are stepped through; a model's vocabulary and merges are below 1,000,000
 DIMENSIONS = 4
+DEEP = 8  # arrays in arrays
 
 
 class File(NamedTuple):
@@ -59,13 +60,17 @@ class _Cursor:
             return self.text()
         if kind != ARRAY:
             return self.number(_form(kind))
+        return self.skip_array()
+
+    def skip_array(self, depth: int = 1) -> None:
         kind, count = self.number("I"), self.number("Q")
-        if kind != STRING:
+        if depth > DEEP:
+            raise ValueError(f"arrays stand in one another more than {DEEP} deep")
+        if kind not in (STRING, ARRAY):
             self.skip(count * struct.calcsize("<" + _form(kind)))
-        else:
-            for _ in range(min(count, ITEMS)):
-                self.skip(self.number("Q"))
-        return None
+            return
+        for _ in range(min(count, ITEMS)):
+            self.skip_array(depth + 1) if kind == ARRAY else self.skip(self.number("Q"))
 
 
 def read(path: Path, prefix: str) -> File:

@@ -19,7 +19,7 @@ from typing import Any
 from .errors import UserError
 
 NAME = ".lock"
-NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
+HELD = (errno.EWOULDBLOCK, errno.EACCES)  # any other refusal: a file system without locks
 
 
 @contextmanager
@@ -32,13 +32,14 @@ def only_writer(folder: Path, named: str = "") -> Iterator[str | None]:
     and machine, where another is at work, and where nothing can be written.
     """
     named, made = named or f"--output {folder}", not folder.exists()
+    refuse_name(folder, named)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         handle, left = _take(folder / NAME, named)
     except (FileExistsError, NotADirectoryError) as error:
-        there = next(path for path in (folder, *folder.parents) if path.exists())
-        where = "" if there == folder else f"{there} "
-        raise UserError(f"{named}: {where}is a file; name a folder") from error
+        there = next(path for path in (folder, *folder.parents) if os.path.lexists(path))
+        where, what = "" if there == folder else f"{there} ", "a file" if there.exists() else "a link to nothing"
+        raise UserError(f"{named}: {where}is {what}; name a folder") from error
     except OSError as error:
         raise UserError(f"{named}: cannot be written: {error.strerror or error}") from error
     try:
@@ -51,6 +52,14 @@ def only_writer(folder: Path, named: str = "") -> Iterator[str | None]:
             folder.rmdir()
 
 
+def refuse_name(path: Path, named: str) -> None:
+    """UserError for a path to write to whose bytes are no UTF-8: MLX's writers take no other, and would fail late."""
+    try:
+        str(path.absolute()).encode()
+    except UnicodeEncodeError:
+        raise UserError(f"{named}: the path is not valid UTF-8. Give another name") from None
+
+
 def _take(path: Path, named: str) -> tuple[int, str | None]:
     """The open lock file, held, with this process in it; and what is to be said of the one before."""
     while True:
@@ -60,7 +69,7 @@ def _take(path: Path, named: str) -> tuple[int, str | None]:
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError as error:
-                if error.errno not in NO_LOCKS or not _gone(holder):
+                if error.errno in HELD or not _gone(holder):
                     raise UserError(_held(path, named, holder)) from None
             if _same_file(handle, path):
                 os.ftruncate(handle, 0)
@@ -77,7 +86,7 @@ def _holder(handle: int) -> dict[str, Any]:
     try:
         found = json.loads(os.pread(handle, 4096, 0))
         return found if isinstance(found, dict) else {}
-    except ValueError:
+    except (ValueError, RecursionError):
         return {}
 
 
@@ -108,7 +117,7 @@ def _gone(holder: dict[str, Any]) -> bool:
         os.kill(holder["pid"], 0)
     except ProcessLookupError:
         return True
-    except OSError:
+    except (OSError, OverflowError):
         pass
     return False
 

@@ -22,7 +22,7 @@ from .config import TrainSettings
 from .errors import UserError
 from .head import Body
 from .kernels import install, token_scores
-from .workers import Workers, cores
+from .workers import Workers, cores, known_thread
 
 CLOSED = "the policy is closed, and mlx-lm's own attention runs"
 SMALL = 20e6  # parameters; the matrices of a smaller model are multiplied three times faster by one thread than by two
@@ -159,6 +159,7 @@ class Policy:
 
         gradient: True where one will be asked for; the head's share of it is made in this same pass.
         """
+        known_thread()
         states = self.states(batch)
         rows, width, size = states.completion.shape
         picked = states.completion.reshape(-1, size)[batch.positions]

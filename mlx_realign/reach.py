@@ -68,7 +68,7 @@ def of_config(config: dict[str, Any]) -> Reach:
     """As the config of a model says; for where its weights are not read."""
     told = config | (text if isinstance(text := config.get("text_config"), dict) else {})
     rows = [told[key] for key in ("embedding_size", "vocab_size") if isinstance(told.get(key), int)]
-    return Reach(rows[0] if rows else None, None, _stated(told))
+    return Reach(max(rows, default=None), None, _stated(told))
 
 
 def find(model: nn.Module, config: dict[str, Any], vocabulary: int) -> Reach:

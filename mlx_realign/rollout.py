@@ -17,6 +17,7 @@ from .errors import UserError
 from .policy import Policy
 from .sampling import Sampling, numbers
 from .stepping import Stepper
+from .workers import known_thread
 
 LEAVE = 8  # rows go when at least one in so many is done: each time the keys and values of the others are copied
 
@@ -48,6 +49,7 @@ def rollout(
     UserError for an empty prompt, a variant that is not there and numbers out of range.
     """
     _check(policy, prompts, variants, group_size=group_size, rows=rows)
+    known_thread()
     policy.reach.refuse(prompts, policy.tokenizer, new=sampling.max_new_tokens)
     way = ways.check(policy)[0]
     policy.notes += [note for note in ways.notes(policy) if note not in policy.notes]

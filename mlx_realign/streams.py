@@ -32,7 +32,7 @@ class Lasting:
         if not self.lost:
             try:
                 return self.stream.write(text)
-            except OSError as error:
+            except (OSError, ValueError) as error:  # ValueError: closed by somebody
                 self._lose(error)
         return len(text)
 
@@ -46,11 +46,13 @@ class Lasting:
         if not self.lost:
             try:
                 self.stream.flush()
-            except OSError as error:
+            except (OSError, ValueError) as error:
                 self._lose(error)
 
-    def _lose(self, error: OSError) -> None:
-        self.lost = error
+    def _lose(self, error: OSError | ValueError) -> None:
+        if isinstance(error, UnicodeError):
+            raise error
+        self.lost = error if isinstance(error, OSError) else BrokenPipeError(errno.EPIPE, str(error))
         try:  # the interpreter flushes once more at its end
             nowhere = os.open(os.devnull, os.O_WRONLY)
             os.dup2(nowhere, self.stream.fileno())
@@ -58,7 +60,7 @@ class Lasting:
         except (OSError, ValueError):
             pass
         if self.raises:
-            raise error
+            raise self.lost
 
 
 def lasting(stream: TextIO | None) -> TextIO:

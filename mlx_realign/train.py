@@ -161,7 +161,7 @@ class Loop:
             self.loop()
             return self.finish()
         except DiskFull as full:
-            raise DiskFull(f"{full}. Make room and go on with --resume. {self.folder.left_behind()}") from full
+            raise DiskFull(f"{full}. Mend that and go on with --resume. {self.folder.left_behind()}") from full
         except Fault as fault:
             raise Fault(f"{fault}. {self.folder.left_behind()}") from fault
         finally:

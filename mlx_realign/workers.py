@@ -10,10 +10,13 @@ MLX lets all streams together have ten groups of operations under way. A stream 
 waiting with nothing to do, so a part is evaluated in stretches too short for that (`stretch`): a fifth less time.
 """
 
+import atexit
 import os
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, wait
+from pathlib import Path
 from typing import Any, TypeVar
 
 import mlx.core as mx
@@ -25,11 +28,34 @@ from .batch import Batch
 Part = TypeVar("Part")
 
 _own = threading.local()
+_guests: set[int] = set()  # the system's numbers of the caller's own threads that compute
+ENDING_S = 2.0
 
 
 def cores() -> int:
     """Cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def known_thread() -> None:
+    """Said in any thread that calls compiled functions: the program then waits at its end until that thread is gone.
+
+    Python's join returns before the system's thread has ended, and with it its cache.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        _guests.add(threading.get_native_id())
+
+
+@atexit.register
+def _wait_for_guests() -> None:
+    """While there is an interpreter to ask for; a thread that still runs is its owner's business."""
+    tasks, until = Path("/proc/self/task"), time.monotonic() + ENDING_S
+    ending = _guests - {thread.native_id for thread in threading.enumerate()}
+    if not tasks.exists():
+        time.sleep(0.05 * bool(ending))
+        return
+    while any((tasks / str(number)).exists() for number in ending) and time.monotonic() < until:
+        time.sleep(0.001)
 
 
 def stretch(*arrays: mx.array) -> None:
@@ -42,6 +68,7 @@ class Workers:
     """Runs a function over the parts of a batch and gives back what it made, evaluated."""
 
     def __init__(self, count: int) -> None:
+        known_thread()
         self.count = count
         self.pool = ThreadPoolExecutor(count) if count > 1 else None
         if self.pool:
@@ -53,6 +80,7 @@ class Workers:
 
     def each(self, parts: list[Part], build: Callable[[Part], Any]) -> list[Any]:
         """As `map`, of parts that are cut already."""
+        known_thread()
         if self.pool is None:
             built = [build(part) for part in parts]
             mx.eval(built)

@@ -2,6 +2,7 @@
 """The command line: commands by file name, exit codes, and one message for each of the usual mistakes."""
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -101,6 +102,13 @@ def test_module_and_console_script_are_the_same_command():
         )
         assert (done.returncode, done.stdout) == (2, "")
         assert done.stderr == "error: unknown flag --modle. Did you mean --model? --help lists them all.\n"
+
+
+def test_help_says_nothing_on_standard_error():
+    env = {name: value for name, value in os.environ.items() if not name.startswith("TRANSFORMERS_")}
+    words = [sys.executable, "-m", "mlx_realign", "data", "--help"]
+    done = subprocess.run(words, capture_output=True, text=True, cwd=ROOT, env=env, check=False)
+    assert (done.returncode, done.stderr) == (0, "")  # where transformers comes before mlx-lm it gives advice
 
 
 def test_interrupt_exits_130_and_a_closed_pipe_is_no_fault(capsys):

@@ -157,3 +157,20 @@ def test_a_command_that_only_prints_ends_with_its_reader():
 def test_a_closed_standard_output_is_no_fault(monkeypatch):
     monkeypatch.setattr(sys, "stdout", None)
     assert cli.entry(["--help"]) == 0
+
+
+def test_a_handler_of_a_program_around_python_is_left_alone(monkeypatch):
+    usual = signal.getsignal(signal.SIGHUP)
+    foreign = lambda number: None if number == signal.SIGTERM else usual  # noqa: E731 - as where C has set one
+    monkeypatch.setattr(signal, "getsignal", foreign)
+    before = signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    try:
+        with ends.noted("stopping"):
+            assert signal.signal(signal.SIGTERM, signal.SIG_DFL) == signal.SIG_DFL
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def test_a_home_of_nobody_is_one_message(capsys):
+    assert cli.entry(["generate", "--model", "~no-such-user/model", "--prompt", "a"]) == 2
+    assert "begins with ~" in capsys.readouterr().err

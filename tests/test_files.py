@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from mlx_realign import UserError, files
+from mlx_realign import UserError, files, locks
 
 
 def names(folder: Path) -> list[str]:
@@ -78,3 +78,23 @@ def test_a_file_that_came_meanwhile_is_not_replaced(tmp_path, monkeypatch, links
         (tmp_path / "b.txt").write_text("first")
     assert (tmp_path / "b.txt").read_text() == "first"
     assert names(tmp_path) == ["a.txt", "b.txt"]
+
+
+def test_a_folder_that_cannot_be_replaced_is_filled(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # as where a file system is mounted, no other folder can take its place
+    (tmp_path / files.DRAFT).mkdir()
+    (tmp_path / files.DRAFT / "left").write_text("by a killed process")
+    with files.new_folder(Path(".")) as draft:
+        (draft / "weights").write_text("whole")
+        (draft / "inner").mkdir()
+    assert sorted(os.listdir(tmp_path)) == sorted(os.listdir(".")) == ["inner", "weights"]
+    with pytest.raises(UserError, match="exists"), files.new_folder(Path(".")):
+        pass
+
+
+def test_a_name_that_is_not_utf8_is_refused_before_anything_is_made(tmp_path):
+    path = tmp_path / os.fsdecode(b"a\xff")
+    for make in (files.new_folder, files.new_file, locks.only_writer):
+        with pytest.raises(UserError, match="not valid UTF-8"), make(path):
+            pass
+    assert not any(tmp_path.iterdir())

@@ -53,12 +53,15 @@ def parse(path: Path) -> tuple[dict[str, tuple[int, Any]], dict[str, tuple[int, 
     return facts, found
 
 
-def compose(path: Path, tensors: dict[str, np.ndarray], facts: dict[str, str | int]) -> Path:
-    """A GGUF file of version 3, as another program would write it."""
+def compose(path: Path, tensors: dict[str, np.ndarray], facts: dict[str, Any]) -> Path:
+    """A GGUF file of version 3, as another program would write it; facts are texts, numbers, or bytes as they are."""
     said = lambda text: struct.pack("<Q", len(text)) + text.encode()  # noqa: E731
     out = b"GGUF" + struct.pack("<IQQ", 3, len(tensors), len(facts))
     for key, value in facts.items():
         out += said(key)
+        if isinstance(value, bytes):
+            out += value
+            continue
         out += struct.pack("<I", STRING) + said(value) if isinstance(value, str) else struct.pack("<II", UINT32, value)
     offset, body = 0, b""
     for name, array in tensors.items():
@@ -122,6 +125,17 @@ def test_a_file_of_another_program_is_read(tmp_path: Path):
     assert back.about == About(
         method="unknown", position="unknown", coefficient=1.0, measured={"model_hint": "mistral"}
     )
+
+
+def test_arrays_in_arrays_are_passed_over(tmp_path: Path):
+    pair = struct.pack("<IQ2i", 5, 2, 7, 8)  # int32
+    words = struct.pack("<IQQ", STRING, 1, 3) + b"abc"
+    given = {"direction.1": np.ones(8, np.float32)}
+    facts = {"general.architecture": "controlvector", "x": struct.pack("<IIQ", 9, 9, 2) + pair + words}
+    assert gguf_vectors.read(compose(tmp_path / "a.gguf", given, facts)).blocks == [1]
+    deep = struct.pack("<I", 9) + struct.pack("<IQ", 9, 1) * 5000 + pair
+    with pytest.raises(UserError, match="deep"):
+        gguf_vectors.read(compose(tmp_path / "b.gguf", given, facts | {"x": deep}))
 
 
 @pytest.mark.parametrize(

@@ -73,13 +73,15 @@ def test_a_run_that_is_refused_leaves_no_folder(tiny_model_dir, tmp_path):
         ({"pid": os.getpid(), "host": platform.node()}, True),
         ({"pid": 2**22 + 5, "host": platform.node()}, False),  # above Linux's and macOS's largest process id
         ({"pid": 1, "host": "elsewhere"}, True),
+        ({"pid": 10**30, "host": platform.node()}, True),
         ({}, False),
     ],
-    ids=["alive", "gone", "of another machine", "empty"],
+    ids=["alive", "gone", "of another machine", "no number of a process", "empty"],
 )
-def test_where_the_file_system_knows_no_locks_the_file_is_judged(tmp_path, monkeypatch, holder, refused):
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOTSUP, errno.EPERM, 95, 102], ids=errno.errorcode.get)
+def test_where_the_file_system_knows_no_locks_the_file_is_judged(tmp_path, monkeypatch, holder, refused, number):
     def flock(handle: int, operation: int) -> None:
-        raise OSError(errno.ENOLCK, "no locks available")
+        raise OSError(number, "no locks here")
 
     monkeypatch.setattr(fcntl, "flock", flock)
     (tmp_path / locks.NAME).write_text(json.dumps(holder))
@@ -99,3 +101,17 @@ def test_a_link_at_the_locks_place_is_not_followed(tmp_path):
     with pytest.raises(UserError, match="--output .*cannot be written"), locks.only_writer(tmp_path):
         pass
     assert (tmp_path / "other").read_text() == "mine"
+
+
+@pytest.mark.parametrize("text", [b"[" * 4000, b"\xff\xfe", b"[]", b""])
+def test_a_lock_file_that_says_nothing_is_taken_over(tmp_path, text):
+    (tmp_path / locks.NAME).write_bytes(text)
+    with locks.only_writer(tmp_path) as left:
+        assert left is None
+
+
+def test_a_link_to_nothing_is_called_so(tmp_path):
+    (tmp_path / "out").symlink_to("nowhere")
+    for folder, named in ((tmp_path / "out", ""), (tmp_path / "out" / "deeper", f"{tmp_path / 'out'} ")):
+        with pytest.raises(UserError, match=f"output {folder}: {named}is a link to nothing"), locks.only_writer(folder):
+            pass

@@ -61,6 +61,8 @@ def test_a_table_of_positions_is_found_and_ends_at_its_last_row(gpt2: Policy):
     table: Any = gpt2.model["model"].wpe
     assert mx.array_equal(table(mx.array([31, 32, 10**6, -1])), table.weight[mx.array([31, 31, 31, 0])])
     assert of_config({"max_position_embeddings": 64, "text_config": {"vocab_size": 7}}) == Reach(7, None, 64)
+    assert of_config({"vocab_size": 50280, "embedding_size": 50304}).ids == 50304  # OLMo pads its table
+    assert of_config({"vocab_size": 30000, "embedding_size": 128}).ids == 30000  # elsewhere it is a width
 
 
 @pytest.mark.parametrize("token", [VOCAB_SIZE, 10**6, 2**31, -1])

@@ -205,7 +205,7 @@ def test_a_full_disk_is_told_and_the_last_good_checkpoint_goes_on(tiny_model_dir
     err = capsys.readouterr().err
     assert full.code == 1 and full.checkpoints == [1, 2]
     assert err.startswith(f"stopped: {run.folder / 'checkpoints' / 'step-000003'} cannot be written: ")
-    assert "Make room and go on with --resume. The newest checkpoint is" in err and "step-000002" in err
+    assert "Mend that and go on with --resume. The newest checkpoint is" in err and "step-000002" in err
     again = launch(run.folder, tiny_model_dir, pairs, *words, "--resume")
     assert again.code == 0 and again.steps == straight.steps and again.adapter == straight.adapter
 

@@ -19,6 +19,24 @@ for crew in crews:
     crew.each([1.0, 2.0], lambda x: f(mx.full((64, 64), x)).sum())
 """
 
+THREAD = """
+import threading, mlx_realign, mlx.core as mx
+from mlx_realign.workers import known_thread
+f = mx.compile(lambda x: mx.exp(x) * 2 + x, shapeless=True)
+def work():
+    known_thread()
+    mx.eval(f(mx.ones((4, 4))))
+thread = threading.Thread(target=work)
+thread.start()
+thread.join()
+"""
+
+
+def test_a_program_whose_own_threads_compute_ends_with_its_own_code():
+    for _ in range(4):
+        done = subprocess.run([sys.executable, "-c", THREAD], capture_output=True, text=True, check=False)
+        assert (done.returncode, done.stderr) == (0, "")
+
 
 def test_a_program_that_used_compiled_functions_ends_with_its_own_code():
     for _ in range(3):  # an abort comes with every second run

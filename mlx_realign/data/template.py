@@ -18,7 +18,6 @@ from jinja2 import meta, nodes
 from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.visitor import NodeTransformer
-from transformers.utils import chat_template_utils
 
 from ..errors import UserError
 
@@ -83,7 +82,7 @@ def bounded(source: str) -> str:
     """
     found = _grafts.get(source)
     name = found[0] if found else _name(source)
-    known = chat_template_utils._compile_jinja_template(name)  # transformers keeps the last 128
+    known = _compiled(name)
     if found is None:
         if len(source) > SOURCE:
             raise UserError(f"the chat template has {len(source):,} characters; more than {SOURCE:,} are not read")
@@ -103,8 +102,15 @@ def bounded(source: str) -> str:
 
 def reads(source: str) -> frozenset[str]:
     """The names of values that a template reads. UserError for one that jinja cannot read."""
-    environment = chat_template_utils._compile_jinja_template(bounded(source)).environment
+    environment = _compiled(bounded(source)).environment
     return frozenset(meta.find_undeclared_variables(environment.parse(source)))
+
+
+def _compiled(name: str) -> Any:
+    """transformers' own template of this text; it keeps the last 128."""
+    from transformers.utils import chat_template_utils  # late: before mlx-lm it prints advice
+
+    return chat_template_utils._compile_jinja_template(name)
 
 
 def _name(source: str) -> str:

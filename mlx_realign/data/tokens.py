@@ -104,7 +104,11 @@ class Words:
         """Chat template over conversations. A conversation that the template refuses gives a RowError in its place."""
         if not talks:
             return []
-        kwargs = {**options, **self._bounded(options), "add_generation_prompt": generate, "tokenize": False}
+        try:
+            bounded = self._bounded(options)
+        except ValueError as error:  # several templates, and none of them for this
+            return [RowError(f"the chat template refuses these messages: {error}")] * len(talks)
+        kwargs = {**options, **bounded, "add_generation_prompt": generate, "tokenize": False}
         talks = [_as_parts(talk) for talk in talks] if self.parts else talks
         if self.renderer is None:
             try:
