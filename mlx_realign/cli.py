@@ -71,7 +71,7 @@ def _code(main: Callable[[list[str]], int | None], words: list[str]) -> int:
             raise
         sys.stdout.flush()
         print(f"error: {error.filename or 'writing'}: {error.strerror}", file=sys.stderr)
-        return 1
+        return 2 if isinstance(error, PermissionError) else 1
 
 
 def commands() -> dict[str, tuple[str, str]]:

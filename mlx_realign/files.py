@@ -15,6 +15,8 @@ from typing import Any, TextIO
 from . import locks
 from .errors import UserError
 
+WRITER = "Unable to write"  # what MLX says when a file cannot take more
+
 DRAFT = ".mlx-realign.draft"
 
 
@@ -50,8 +52,10 @@ def new_folder(path: Path) -> Iterator[Path]:
             else:
                 os.replace(draft, path)
                 (path / locks.NAME).unlink()
-        except OSError as error:
-            raise UserError(f"--output {path}: cannot be written: {error.strerror or error}") from error
+        except (OSError, RuntimeError) as error:
+            if told := _told(error, path, draft):
+                raise told from error
+            raise
         finally:
             shutil.rmtree(draft, ignore_errors=True)
 
@@ -65,8 +69,10 @@ def new_path(path: Path) -> Iterator[Path]:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield draft
         _name(draft, path)
-    except OSError as error:
-        raise UserError(f"--output {path}: cannot be written: {error.strerror or error}") from error
+    except (OSError, RuntimeError) as error:
+        if told := _told(error, path, draft):
+            raise told from error
+        raise
     finally:
         if draft.is_file():
             draft.unlink()
@@ -97,6 +103,18 @@ def _name(draft: Path, path: Path) -> None:
     except OSError:  # a file system without links
         _require_new(path)
         os.rename(draft, path)
+
+
+def _told(error: OSError | RuntimeError, path: Path, draft: Path) -> UserError | None:
+    """What to say where it is the output that could not be written; None for errors of something else."""
+    reason = ""
+    if isinstance(error, RuntimeError):  # MLX's writer, which knows no reason
+        reason = f"is the disk full? ({error})" if WRITER in str(error) else ""
+    else:
+        named = "" if error.filename is None else os.path.abspath(os.fsdecode(error.filename))
+        mine = not named or named.startswith((os.path.abspath(draft), os.path.abspath(path)))
+        reason = error.strerror or str(error) if mine or Path(named) in path.absolute().parents else ""
+    return UserError(f"--output {path}: cannot be written: {reason}") if reason else None
 
 
 def _require_new(path: Path) -> None:

@@ -180,10 +180,14 @@ def answer(session: Session, text: str) -> None:
     streams.ends_with_reader()
     prompt = [*opening(settings), {"role": "user", "content": text}] if settings.system else text
     ids = data.encode_prompt(prompt, session.policy.tokenizer, settings.chat_template)
-    for last in session.stream(ids):
-        pieces.append(last.text)
-        if not settings.json:
-            print(last.text, end="", flush=True)
+    try:
+        for last in session.stream(ids):
+            pieces.append(last.text)
+            if not settings.json:
+                print(last.text, end="", flush=True)
+    except KeyboardInterrupt:
+        print(flush=True)  # what is said of the end begins a line
+        raise
     assert last is not None  # stream_generate always closes with a last piece
     if not settings.json:
         print()

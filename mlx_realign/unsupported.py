@@ -38,6 +38,12 @@ RAISING = [  # (model type or None for all, what the error says, the words that 
         "No Metal back-end",
         "mlx-lm computes them by a kernel for Apple GPUs, and there is none here. Take a Mac, or another model",
     ),
+    (
+        None,
+        "Failed to compile function",
+        "MLX compiles functions with the system's C++ compiler, and that failed. Install g++ or clang++, and see that "
+        "the temporary folder (TMPDIR) has room",
+    ),
 ]
 
 

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a command writes appears whole, under a name that nobody took meanwhile, and two do not write the same."""
 
+import errno
 import os
 from pathlib import Path
 
@@ -28,6 +29,20 @@ def test_what_fails_leaves_nothing(tmp_path):
         part.write_text("x")
         raise KeyError
     assert names(tmp_path) == []
+
+
+def test_a_writer_that_fails_is_told_and_other_errors_are_their_own(tmp_path):
+    with pytest.raises(UserError, match="out: cannot be written: is the disk full"), files.new_folder(tmp_path / "out"):
+        raise RuntimeError("[write] Unable to write 2219 bytes to file.")
+    with (
+        pytest.raises(UserError, match="out: cannot be written: No space"),
+        files.new_folder(tmp_path / "out") as draft,
+    ):
+        raise OSError(errno.ENOSPC, "No space left on device", str(draft / "x"))
+    with pytest.raises(FileNotFoundError), files.new_folder(tmp_path / "out"):
+        (tmp_path / "input").read_text()
+    with pytest.raises(RuntimeError, match="shapes"), files.new_path(tmp_path / "out"):
+        raise RuntimeError("shapes differ")
 
 
 def test_the_second_of_two_is_refused_at_once_and_the_first_is_not_disturbed(tmp_path):
