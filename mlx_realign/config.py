@@ -107,7 +107,9 @@ class TrainSettings:
     grad_checkpoint: bool = False
     """Recompute layers in the backward pass: less memory, a third more time."""
     memory_limit: float | None = None
-    """Most memory MLX may use, GB."""
+    """Most memory MLX may use, GB; on a GPU 85% of the size it recommends, unless given."""
+    wired_limit: float | None = None
+    """Most memory that a Mac keeps wired, GB; as --memory-limit, and never above the size the GPU recommends."""
     compile: Literal["auto", "on", "off"] = "auto"
     """Compile the step; auto is on for GPUs, off for CPU."""
     trust_remote_code: bool = False
@@ -217,7 +219,17 @@ def check(settings: TrainSettings) -> None:
         if not getattr(settings, name):
             raise UserError(f"--{name} is needed: {fields_of(TrainSettings)[name].doc}")
     positive = "steps epochs batch_size batch_tokens gradient_accumulation learning_rate max_length eval_every".split()
-    for name in [*positive, "save_every", "keep", "early_stop", "lora_rank", "lora_alpha", "memory_limit", "kl_max"]:
+    for name in [
+        *positive,
+        "save_every",
+        "keep",
+        "early_stop",
+        "lora_rank",
+        "lora_alpha",
+        "memory_limit",
+        "wired_limit",
+        "kl_max",
+    ]:
         _require(settings, name, "above 0", lambda value: 0 < value < float("inf"))
     for name in ("warmup_steps", "weight_decay", "max_grad_norm", "kl_every", "router_aux_loss_coef"):
         _require(settings, name, "0 or more", lambda value: 0 <= value < float("inf"))

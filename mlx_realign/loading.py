@@ -43,16 +43,6 @@ def on_cpu() -> bool:
     return mx.default_device().type == mx.DeviceType.cpu
 
 
-def limit_memory(limit_gb: float | None) -> None:
-    """Wired and cache limits where the device has them, and the user's own limit."""
-    limits = mx.device_info()
-    if "max_recommended_working_set_size" in limits:
-        mx.set_wired_limit(int(limits["max_recommended_working_set_size"]))
-    if limit_gb:
-        mx.set_memory_limit(int(limit_gb * 1e9))
-        mx.set_cache_limit(int(limit_gb * 1e9 / 8))
-
-
 def find_model(name: str) -> Path:
     """The local folder of a model name, fetched from the hub when it is a hub id that is not cached.
 

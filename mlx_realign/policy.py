@@ -16,7 +16,7 @@ from typing import Any
 import mlx.core as mx
 from mlx.utils import tree_flatten, tree_map
 
-from . import adapter, balance, blas, compiled, fingerprint, forward, loading, reach
+from . import adapter, balance, blas, compiled, fingerprint, forward, loading, manners, reach
 from .batch import Batch, LossOutput, Scores
 from .config import TrainSettings
 from .errors import UserError
@@ -99,9 +99,10 @@ class Policy:
     @classmethod
     def from_settings(cls, settings: TrainSettings) -> "Policy":
         """As a training run asks: adapter attached (or all weights free), checkpointing, limits."""
-        loading.limit_memory(settings.memory_limit)
+        manners.limit_memory(settings.memory_limit, settings.wired_limit)
         options = {k: getattr(settings, k) for k in ("dtype", "quantize", "cpu_dequantize", "trust_remote_code")}
         policy = cls.load(settings.model, **options)
+        policy.notes += manners.hints()
         policy.prepare(settings)
         return policy
 

@@ -9,6 +9,7 @@ from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may wait for a network; those marked `download` clear it
 
+os.environ.setdefault("MLX_ENABLE_TF32", "0")  # an M5 and CUDA multiply float32 with 10 bits otherwise
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # NumPy's too: there are as many processes as cores
 
 import mlx_realign  # noqa: F401, I001

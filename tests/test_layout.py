@@ -18,7 +18,8 @@ PYTHON_FILES = sorted([*PACKAGE_FILES, *(ROOT / "tests").rglob("*.py"), *(ROOT /
 # From the bottom up. A module imports from rows above its own and from its own row; what no row names is a command
 # (it has a `main`) or the open top of the package.
 LAYERS = [
-    {"errors", "cache", "elf", "blas", "batch", "calls", "ends", "files", "flags", "gguf", "locks", "noise", "reach"}
+    {"errors", "cache", "elf", "blas", "batch", "calls", "ends", "files", "flags", "gguf", "locks", "manners"}
+    | {"noise", "reach"}
     | {"streams", "terminal", "untrusted", "workers"},
     {"kernels"},
     {"config", "losses", "advantages", "policy_gradient", "policy_terms", "sampling", "directions", "steerability"}
