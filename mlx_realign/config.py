@@ -219,17 +219,8 @@ def check(settings: TrainSettings) -> None:
         if not getattr(settings, name):
             raise UserError(f"--{name} is needed: {fields_of(TrainSettings)[name].doc}")
     positive = "steps epochs batch_size batch_tokens gradient_accumulation learning_rate max_length eval_every".split()
-    for name in [
-        *positive,
-        "save_every",
-        "keep",
-        "early_stop",
-        "lora_rank",
-        "lora_alpha",
-        "memory_limit",
-        "wired_limit",
-        "kl_max",
-    ]:
+    positive += "save_every keep early_stop lora_rank lora_alpha memory_limit wired_limit kl_max".split()
+    for name in positive:
         _require(settings, name, "above 0", lambda value: 0 < value < float("inf"))
     for name in ("warmup_steps", "weight_decay", "max_grad_norm", "kl_every", "router_aux_loss_coef"):
         _require(settings, name, "0 or more", lambda value: 0 <= value < float("inf"))

@@ -25,7 +25,8 @@ from .policy import Policy
 
 # What may differ between a run and its continuation: none of it moves a weight. Model, data and starting adapter are
 # compared by content, wherever they lie.
-FREE = "resume output keep save_every json report_to dry_run memory_limit wired_limit grad_checkpoint trust_remote_code".split()
+FREE = "resume output keep save_every json report_to dry_run memory_limit wired_limit".split()
+FREE += ["grad_checkpoint", "trust_remote_code"]
 BY_CONTENT = {
     "model": "--model has other weights",
     "adapter": "--adapter, or the policy's own adapter, starts from other weights",

@@ -63,13 +63,13 @@ def test_values_and_gradients_are_those_of_the_steps(case: str, masked: bool):
 
 def gated_or(update: Any, *arrays: Any, **options: Any) -> Any:
     """A single token with a state is decoding, which is mlx-lm's: without one it is ours."""
-    if arrays[0].shape[1] > 1:
+    q, k, v, a, b, A_log, dt_bias, state, mask = arrays
+    if q.shape[1] > 1:
         return update(*arrays, **options)
-    beta = mx.sigmoid(arrays[4])
-    log_g = gated_delta.log_gate(arrays[3], arrays[5], arrays[6])
-    if arrays[8] is not None:
-        beta, log_g = mx.where(arrays[8][..., None], beta, 0), mx.where(arrays[8][..., None], log_g, 0)
-    return gated_delta.chunked(*arrays[:3], log_g, beta, arrays[7])
+    beta, log_g = mx.sigmoid(b), gated_delta.log_gate(a, A_log, dt_bias)
+    if mask is not None:
+        beta, log_g = mx.where(mask[..., None], beta, 0), mx.where(mask[..., None], log_g, 0)
+    return gated_delta.chunked(q, k, v, log_g, beta, state)
 
 
 def test_mlx_own_function_means_the_same():
