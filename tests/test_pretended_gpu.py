@@ -17,14 +17,18 @@ LIMIT = 3e-4  # the whole grid has 1e-4 at most; what rounds gradients of gated 
 WIDE = "linear_key_head_dim=128,linear_value_head_dim=128"
 # Recurrences whose kernels have no gradient (by shape: MLX's own, chunks), states, experts, plain.
 QUICK = {
-    f"qwen3_5,{WIDE},linear_num_key_heads=16,linear_num_value_heads=16": {"gated_delta_step_packed_btree"},
+    "qwen3_5": set(),  # narrower than mlx-lm's kernels
     "qwen3_next,linear_key_head_dim=64,linear_num_key_heads=2,linear_num_value_heads=4": {"gated_delta_step"},
     "kimi_k3": set(),
     "rwkv7": {"wkv7_kernel"},
     "mamba2": {"ssm_kernel"},
     "gpt_oss": set(),
 }
-SLOW = [f"qwen3_next,{WIDE},linear_num_key_heads=16,linear_num_value_heads=32", *ARCHITECTURES]
+SLOW = [
+    f"qwen3_5,{WIDE},linear_num_key_heads=16,linear_num_value_heads=16",
+    f"qwen3_next,{WIDE},linear_num_key_heads=16,linear_num_value_heads=32",
+    *ARCHITECTURES,
+]
 # Where kernels or the device are asked for in mlx-lm, and what is done about it (docs/numerics.md, "On a GPU").
 KNOWN = {
     "models/bailing_moe_v3.py", "models/bitlinear_layers.py", "models/deepseek_v41.py", "models/gated_delta.py",
