@@ -4,7 +4,7 @@
 `install` lets the modules of one model call the fused forms of functions of mlx-lm, after a check on this device.
 """
 
-import sys
+import os
 from collections.abc import Callable
 from functools import cache
 from typing import Any
@@ -19,6 +19,7 @@ __all__ = ["Switch", "install"]
 
 SWITCH = "_switch"  # attribute of the model
 TOLERANCE = 1e-5  # relative to the largest entry, values and gradients, float32
+TF32_TOLERANCE = 2e-2  # where matmuls may round to 10 bits: what is wrong is off by more
 
 
 def install(model: Any) -> Switch:
@@ -41,20 +42,26 @@ def install(model: Any) -> Switch:
     switch.put(stock, _attention_of(switch, stock, attending))
     if gated:
         switch.put(activations.swiglu, _swiglu_of(switch, activations.swiglu, gated))
-    _recurrent(switch, {type(module).__module__ for module in model.modules()})
+    _recurrent(switch, model.modules())
     switch.take(model)
-    plain_gradient.set_modes(model)
+    switch.put_back(plain_gradient.set_modes(model))
     return switch
 
 
-def _recurrent(switch: Switch, files: set[str]) -> None:
+def _recurrent(switch: Switch, modules: list[Any]) -> None:
     """Functions of a recurrence whose kernels on a GPU have no gradient; looked at where a model file has them."""
-    held = {name: value for file in files for name, value in vars(sys.modules[file]).items()}
+    held: dict[str, Any] = {}
+    for kind in {type(module) for module in modules}:  # by their functions: a model's own file is not in sys.modules
+        held |= getattr(kind.__call__, "__globals__", {})
     if stock := held.get("gated_delta_update"):
         if trouble := _gated_delta():
-            switch.notes.append(f"kernel gated_delta_update: {trouble}; mlx-lm's own is used")
-        else:
-            switch.put(stock, gated_delta.of(lambda: switch.on, stock))
+            switch.notes.append(f"kernel gated_delta_update: {trouble}; mlx-lm's steps are used")
+        fast = gated_delta.heads_of(modules) if gated_delta.on_gpu() else set()
+        for heads in sorted(fast):
+            if wrong := _fast_gated_delta(heads):
+                switch.notes.append(f"mx.fast.gated_delta_update, {heads[0]} and {heads[1]} heads: {wrong}; not used")
+                fast.discard(heads)
+        switch.put(stock, gated_delta.of(lambda: switch.on, stock, chunks=trouble is None, fast=fast))
     if stock := held.get("wkv7_kernel"):
         switch.put(stock, plain_gradient.wkv7(stock))
 
@@ -80,6 +87,24 @@ def _gated_delta() -> str | None:
         if trouble := _differs(bound(gated_delta.chunked), stepped, shapes):
             return trouble
     return None
+
+
+@cache
+def _fast_gated_delta(heads: tuple[int, int]) -> str | None:
+    """MLX's own function against the chunked form, at its width."""
+    few, many = heads
+    shapes = [(1, 67, few, 128), (1, 67, few, 128), (1, 67, many, 128), (1, 67, many), (1, 67, many)]
+
+    def bound(run: Any) -> Any:
+        def outputs(q: mx.array, k: mx.array, v: mx.array, gate: mx.array, beta: mx.array) -> mx.array:
+            q, k = (x / mx.linalg.norm(x, axis=-1, keepdims=True) for x in (q, k))
+            start = mx.zeros((1, many, 128, 128))
+            return mx.concatenate([x.flatten() for x in run(q, k, v, -nn.softplus(gate), mx.sigmoid(beta), start)])
+
+        return outputs
+
+    own = bound(lambda q, k, v, g, beta, state: mx.fast.gated_delta_update(q, k, v, mx.exp(g), beta, state))
+    return _differs(own, bound(gated_delta.chunked), shapes)
 
 
 @cache
@@ -141,11 +166,16 @@ def _differs(fused: Callable[..., mx.array], reference: Callable[..., mx.array],
     try:
         for f, g in zip(_values(fused, arrays, weight), _values(reference, arrays, weight), strict=True):
             error = (mx.abs(f - g).max() / mx.maximum(mx.abs(g).max(), 1e-30)).item()
-            if not error <= TOLERANCE:
+            if not error <= (TF32_TOLERANCE if _rounds_to_tf32() else TOLERANCE):
                 return f"differs from its reference by {error:.1e}"
     except Exception as error:  # a kernel that cannot run here must not stop training
         return f"failed ({error})"
     return None
+
+
+def _rounds_to_tf32() -> bool:
+    """Whether float32 matmuls may keep 10 bits only, as an M5's and NVIDIA's do unless told otherwise."""
+    return mx.default_device().type != mx.DeviceType.cpu and os.environ.get("MLX_ENABLE_TF32") != "0"
 
 
 def _values(function: Callable[..., mx.array], arrays: list[mx.array], weight: mx.array) -> list[mx.array]:

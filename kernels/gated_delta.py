@@ -12,7 +12,7 @@ exponential is no product of two factors that float32 could hold, so these chunk
 Kernels of a GPU for this have no gradient in mlx-lm. `mx.fast.gated_delta_update` has both, for the shapes in FAST.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import mlx.core as mx
@@ -114,8 +114,25 @@ def fits(q: mx.array, v: mx.array, log_g: mx.array, mask: mx.array | None) -> bo
     return mask is None and log_g.ndim == 3 and widths == (128, 128) and heads in FAST
 
 
-def of(on: Callable[[], bool], stock: Callable[..., Any]) -> Callable[..., tuple[mx.array, mx.array]]:
-    """mlx-lm's `gated_delta_update`, with a gradient on every device; `stock` itself for single tokens and when off."""
+def on_gpu() -> bool:
+    """Whether Metal kernels are called."""
+    return mx.default_device() == mx.gpu and mx.metal.is_available()
+
+
+def heads_of(modules: Sequence[Any]) -> set[tuple[int, int]]:
+    """Those of FAST that a model has, by its modules: only these are worth a check."""
+    found = {(getattr(one, "num_k_heads", 0), getattr(one, "num_v_heads", 0)) for one in modules}
+    return found & FAST
+
+
+def of(
+    on: Callable[[], bool], stock: Callable[..., Any], *, chunks: bool = True, fast: Collection[tuple[int, int]] = FAST
+) -> Callable[..., tuple[mx.array, mx.array]]:
+    """mlx-lm's `gated_delta_update`, with a gradient on every device; `stock` itself for single tokens and when off.
+
+    chunks: False takes mlx-lm's steps in their place, as they have a gradient too. fast: heads for which a GPU takes
+    `mx.fast.gated_delta_update`.
+    """
 
     def gated_delta_update(
         q: mx.array,
@@ -132,14 +149,16 @@ def of(on: Callable[[], bool], stock: Callable[..., Any]) -> Callable[..., tuple
         lower_bound: float | None = None,
         allow_neg_eigval: bool = False,
     ) -> tuple[mx.array, mx.array]:
-        if not on() or (q.shape[1] == 1 and state is not None):  # decoding, which has no gradient
+        decoding = q.shape[1] == 1 and state is not None  # which has no gradient
+        if decoding or not on() or not chunks:
             options: dict[str, Any] = {"lower_bound": lower_bound, "allow_neg_eigval": allow_neg_eigval}
-            return stock(q, k, v, a, b, A_log, dt_bias, state, mask, use_kernel=use_kernel, **options)
+            kernel = use_kernel and (decoding or not on())
+            return stock(q, k, v, a, b, A_log, dt_bias, state, mask, use_kernel=kernel, **options)
         beta = mx.sigmoid(b) * (2.0 if allow_neg_eigval else 1.0)
         log_g = log_gate(a, A_log, dt_bias, lower_bound)
         if state is None:
             state = mx.zeros((q.shape[0], v.shape[2], v.shape[3], q.shape[3]), mx.float32)
-        if mx.default_device() == mx.gpu and mx.metal.is_available() and fits(q, v, log_g, mask):
+        if on_gpu() and (q.shape[2], v.shape[2]) in fast and fits(q, v, log_g, mask):
             y, state = mx.fast.gated_delta_update(q, k, v, mx.exp(log_g), beta, state)
             return y.astype(q.dtype), state
         if mask is not None:  # such a token leaves the state as it is

@@ -18,12 +18,15 @@ IN_TRAINING_MODE = {
 }
 
 
-def set_modes(model: Any) -> None:
-    """Put the modules named above into training mode, and no other ones."""
+def set_modes(model: Any) -> list[Any]:
+    """Put the modules named above into training mode, and no other ones; returns those that were in the other."""
+    changed = []
     for module in model.modules():
         file = type(module).__module__.rpartition(".")[2]
-        if type(module).__name__ in IN_TRAINING_MODE.get(file, ()):
+        if type(module).__name__ in IN_TRAINING_MODE.get(file, ()) and not module.training:
             module._training = True
+            changed.append(module)
+    return changed
 
 
 def with_gradient(kernel: Callable[..., Any], plain: Callable[..., Any]) -> Callable[..., list[mx.array]]:

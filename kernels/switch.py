@@ -29,6 +29,7 @@ class Switch:
         self._made: set[type] = set()
         self._helpers: dict[FunctionType, FunctionType] = {}
         self._modules: list[Any] = []
+        self._modes: list[Any] = []  # modules that `close` puts into evaluation mode
         self._own: list[tuple[Any, str, Any, Any]] = []  # (module, name, what was there, its copy)
 
     def put(self, function: Function, ours: Function) -> None:
@@ -54,6 +55,10 @@ class Switch:
                 module.__class__ = kind
                 self._modules.append(module)
 
+    def put_back(self, modules: list[Any]) -> None:
+        """Have `close` put these into evaluation mode, where they were."""
+        self._modes += modules
+
     def close(self) -> None:
         """Give the modules their classes back; one that was wrapped since keeps it, with mlx-lm's function inside."""
         self.on, self.closed = False, True
@@ -63,7 +68,9 @@ class Switch:
         for parent, name, module, own in self._own:
             if parent.get(name) is own and type(own) is type(module):
                 parent[name] = module
-        self._modules, self._own = [], []
+        for module in self._modes:
+            module._training = False
+        self._modules, self._own, self._modes = [], [], []
 
     def _class(self, module: nn.Module) -> type:
         kind = type(module)

@@ -18,8 +18,24 @@ Differentiate = Callable[[Batch, Any], tuple[LossOutput, dict[str, Any]]]
 NOTE = "steps are not compiled: this model looks at its numbers while it computes (which experts a token takes, say)"
 
 
+LOOKS = "Attempting to eval"  # in what MLX raises then
+
+
 class LooksAtNumbers(Exception):
     """A trace has no numbers, and the model asks for some."""
+
+
+def traceable(model: nn.Module, run: Callable[[mx.array], Any], tokens: mx.array) -> bool:
+    """Whether `run` of token ids int32 [1, T] can be traced. Nothing is computed, and the model stays as it was."""
+    state = [model.state]
+    try:
+        with forward.restored(model):
+            mx.compile(run, inputs=state, outputs=state)(tokens)
+    except (ValueError, RuntimeError) as error:
+        if LOOKS in str(error):
+            return False
+        raise
+    return True
 
 
 class Gradient:
@@ -43,7 +59,7 @@ class Gradient:
             with nullcontext() if shapes in traced else forward.restored(self.model):
                 packed, grads = run(batch)
         except (ValueError, RuntimeError) as error:
-            if "Attempting to eval" in str(error):
+            if LOOKS in str(error):
                 raise LooksAtNumbers from error
             raise
         traced.add(shapes)

@@ -22,7 +22,7 @@ def limit_memory(memory_gb: float | None, wired_gb: float | None) -> None:
         mx.set_memory_limit(memory)
     if recommended:
         wired = int(wired_gb * 1e9) if wired_gb else memory or 0
-        mx.set_wired_limit(min(wired, int(recommended)))
+        mx.set_wired_limit(min(wired, memory or wired, int(recommended)))
     if memory_gb:
         mx.set_cache_limit(int(memory_gb * 1e9 / 8))
 

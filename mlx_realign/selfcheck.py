@@ -16,7 +16,7 @@ import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_flatten
 
-from . import adapter, forward, selfcheck_reference
+from . import adapter, compiled, forward, selfcheck_reference
 from .batch import Batch, LossOutput, Scores
 from .errors import said
 from .forward import STOPS, shrunk_windows
@@ -55,6 +55,9 @@ def run(policy: Policy) -> Checks:
         if checkpointed:
             check.checkpointing()
         check.results["adapter_off"] = _adapter_off(policy, batch)
+    if policy.compiled and not compiled.traceable(policy.model, policy.body.hidden, batch.prompt[:1]):
+        policy.compiled = False
+        check.notes.append(compiled.NOTE)
     return Checks(check.results, check.notes)
 
 

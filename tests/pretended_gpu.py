@@ -76,7 +76,7 @@ def stand_in(name: str, **_: Any) -> Callable[..., list[mx.array]]:
     def kernel(*, inputs: list[Any], output_dtypes: list[mx.Dtype], **_: Any) -> list[mx.array]:
         plain = PLAIN.get(name.removesuffix("_mask").removesuffix("_vec"))
         if plain is None:
-            raise NotImplementedError(f"kernel {name}: nothing stands in for it")
+            raise LookupError(f"kernel {name}: PLAIN has nothing that stands in for it")
         met[name] += 1
         arrays = [x for x in inputs if isinstance(x, mx.array)]
 

@@ -72,6 +72,21 @@ def gated_or(update: Any, *arrays: Any, **options: Any) -> Any:
     return gated_delta.chunked(q, k, v, log_g, beta, state)
 
 
+def test_steps_serve_where_chunks_are_wrong_on_a_machine_and_never_a_kernel():
+    asked: list[bool] = []
+
+    def own(*arrays: Any, use_kernel: bool, **options: Any) -> Any:
+        asked.append(use_kernel)
+        return stock.gated_delta_update(*arrays, use_kernel=use_kernel, **options)
+
+    arrays, options, _ = inputs("one chunk")
+    stepped: Any = gated_delta.of(lambda: True, own, chunks=False)
+    found = stepped(*arrays, None, **(options | {"use_kernel": True}))
+    steps: Any = stock.gated_delta_update
+    expected = steps(*arrays, None, **options)
+    assert all(mx.array_equal(x, y) for x, y in zip(found, expected, strict=True)) and asked == [False]
+
+
 def test_mlx_own_function_means_the_same():
     """`mx.fast.gated_delta_update` is what a GPU takes for the shapes of `FAST`."""
     arrays, _, _ = inputs("MLX's own")

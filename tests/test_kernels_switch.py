@@ -288,3 +288,23 @@ def test_a_wrong_attention_is_not_installed(kernel: Callable[..., mx.array], mon
     (note,) = kernels.install(model).notes
     assert note.startswith("kernel scaled_dot_product_attention: differs from its reference by")
     assert_near(model(TOKENS), expected, 1e-4)
+
+
+def test_modes_are_put_back_when_the_policy_is_closed():
+    layer = type("KimiK3DecoderLayer", (nn.Module,), {"__module__": "mlx_lm.models.kimi_k3"})
+    model = make_model("llama")
+    model.odd, model.trained = layer(), layer()
+    model.eval()
+    model.trained.train()
+    switch = kernels.install(model)
+    assert model.odd.training and model.trained.training and not model.training
+    switch.close()
+    assert not model.odd.training and model.trained.training
+
+
+def test_a_model_whose_own_file_is_no_module_of_python_is_taken():
+    model = make_model("llama")
+    odd = type("Odd", (nn.Module,), {"__module__": "custom_model", "__call__": lambda self, x: x})
+    model.odd = odd()
+    assert "custom_model" not in sys.modules
+    kernels.install(model).close()

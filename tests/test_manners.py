@@ -24,6 +24,7 @@ Currently in use:
         (48 * GB, 20.0, None, {"memory": 20, "wired": 20, "cache": 2.5}),
         (48 * GB, 60.0, None, {"memory": 60, "wired": 48, "cache": 7.5}),
         (48 * GB, None, 10.0, {"memory": 40.8, "wired": 10}),
+        (48 * GB, 20.0, 30.0, {"memory": 20, "wired": 20, "cache": 2.5}),
         (None, None, None, {}),
         (None, 8.0, None, {"memory": 8, "cache": 1}),
     ],

@@ -284,3 +284,21 @@ def test_a_dtype_the_device_cannot_compute_is_one_line():
     if mx.default_device().type == mx.DeviceType.cpu:  # no bfloat16 expert layers there
         with pytest.raises(UserError, match="^--model tiny: .*models cannot run here: .*float32"):
             make_policy(model)
+
+
+def test_a_model_that_looks_at_its_numbers_is_not_compiled_and_says_so():
+    policy = make_policy(make_model("llama"))
+    layer = forward.layers_of(policy.model)[0]
+    kind = type(layer)
+
+    def call(self: object, x: mx.array, *rest: object, **more: object) -> mx.array:
+        y = kind.__call__(self, x, *rest, **more)  # type: ignore[arg-type]
+        return y if y.sum().item() else -y
+
+    layer.__class__ = type(kind.__name__, (kind,), {"__call__": call})
+    policy.compile()
+    checks = selfcheck.run(policy)
+    assert not policy.compiled and any("steps are not compiled" in note for note in checks.notes)
+    untouched = make_policy(make_model("llama"))
+    untouched.compile()
+    assert not any("compiled" in note for note in selfcheck.run(untouched).notes) and untouched.compiled
