@@ -149,6 +149,9 @@ def _attention_of(
         mask: mx.array | str | None,
         sinks: mx.array | None = None,
     ) -> mx.array:
+        if queries.shape[2] > 1:  # not a step of decoding
+            kind = "array" if isinstance(mask, mx.array) else "sinks" if sinks is not None else "free"
+            switch.attended[queries.shape[3], kind] += 1
         lent = getattr(keys, "attend", None)  # keys of a layer that lends them
         if attend := getattr(cache, "attend", None) or lent:
             return attend(queries, scale=scale, mask=mask, sinks=sinks)

@@ -6,6 +6,7 @@ but with globals in which its name means ours. A function is known by what it is
 functions of the same name with another meaning. Parameter paths stay, and the original classes are never touched.
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from copy import copy
 from functools import update_wrapper
@@ -24,6 +25,7 @@ class Switch:
     def __init__(self) -> None:
         self.on, self.closed = True, False
         self.notes: list[str] = []
+        self.attended: Counter[tuple[int, str]] = Counter()  # attention calls by head size and kind of mask
         self._put: list[tuple[Function, Function]] = []  # (the function, what is called in its place)
         self._classes: dict[type, type] = {}
         self._made: set[type] = set()

@@ -16,8 +16,8 @@ import numpy as np
 from . import rollout, taps
 from .data import encode_prompt
 from .errors import UserError
-from .forward import PromptReader, PromptRecorder, record
 from .policy import Policy
+from .prompt_caches import read, record
 from .sampling import Sampling
 from .workers import stretch
 
@@ -157,7 +157,7 @@ def _batches(
     def build(part: list[int]) -> mx.array:
         seen.clear()
         tokens, asked[0] = _arrays([texts[i] for i in part], [picks[i] for i in part], shared)
-        caches = [PromptReader(r, mx.zeros(len(part), mx.int32)) for r in recorders] if recorders else None
+        caches = read(recorders, mx.zeros(len(part), mx.int32), shared) if recorders else None
         last = mx.array([ends[i] for i in part], mx.int32)  # for taps that act on some positions only
         for cache in caches or []:
             cache.last_prompt = last
@@ -211,8 +211,8 @@ def common_start(texts: Sequence[Sequence[int]]) -> int:
     return next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), len(first))
 
 
-def _record(policy: Policy, start: Sequence[int]) -> list[PromptRecorder]:
-    recorders = record(policy.model, mx.array([0]), len(start))
+def _record(policy: Policy, start: Sequence[int]) -> list[Any]:
+    recorders = record(policy.model, None, len(start))
     for recorder in recorders:
         recorder.last_prompt = mx.array([FAR])  # it is none of these
     policy.body.hidden(mx.array([list(start)]), recorders)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The gradient as a compiled step: one trace for each loss and each set of shapes."""
+"""The gradient as a compiled step: one trace for each loss and each set of shapes, up to a number; then without."""
 
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -17,6 +17,8 @@ Differentiate = Callable[[Batch, Any], tuple[LossOutput, dict[str, Any]]]
 
 NOTE = "steps are not compiled: this model looks at its numbers while it computes (which experts a token takes, say)"
 
+
+MOST = 64  # traces of a loss: they are never given back, and hold buffers of which a GPU has so many
 
 LOOKS = "Attempting to eval"  # in what MLX raises then
 
@@ -55,6 +57,8 @@ class Gradient:
         run, forms, traced = self.traces[loss]
         arrays: Any = [*tree_flatten(batch), *tree_flatten(taps.held(self.model))]
         shapes = tuple(x.shape for _, x in arrays if isinstance(x, mx.array))
+        if shapes not in traced and len(traced) >= MOST:
+            return self.differentiate(batch, loss)
         try:
             with nullcontext() if shapes in traced else forward.restored(self.model):
                 packed, grads = run(batch)

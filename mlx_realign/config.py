@@ -116,6 +116,8 @@ class TrainSettings:
     """Let code in the model folder run."""
     report_to: Literal["none", "wandb", "trackio"] = "none"
     """Also send metrics to this tracker."""
+    plan_for: Literal["here", "metal", "cuda", "cpu"] = "here"
+    """With --dry-run: the device whose shapes, padding and masks are told; here: this machine's."""
     dry_run: bool = False
     """Load, check, estimate, print, stop."""
     json: bool = False

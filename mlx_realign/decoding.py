@@ -13,9 +13,10 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from .forward import layers_of, record, windows
+from .forward import layers_of, windows
 from .kernels.grouped_attention import Groups, fused
 from .policy import Policy
+from .prompt_caches import record
 from .sampling import Sampling, pick
 
 COLUMNS = 64  # own keys and values grow by this many tokens at least

@@ -2,18 +2,23 @@
 """A run in numbers before it starts; memory and time by computing one real micro-batch of it."""
 
 import time
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
 
+from . import layout
+from .batch import Batch
 from .data import Dataset
 from .optim import flat
 from .progress import duration
 
 QUICK_S = 5.0  # a first measurement shorter than this is made again: it includes warming up
 SAMPLED_ROWS = 200
+MOST = 64  # shapes whose attention is looked at
+LIGHT = (64, 72, 80, 96, 128, 192, 256, 512)  # head sizes of MLX's kernels for attention's backward pass on a Mac
 
 
 def facts(loop: Any) -> dict[str, Any]:
@@ -50,13 +55,13 @@ def estimate(loop: Any) -> dict[str, Any]:
     if feed.reference and not made:
         sample = np.linspace(0, len(feed.rows) - 1, min(len(feed.rows), SAMPLED_ROWS)).astype(int)
         missing = np.mean([feed.reference.find(feed.rows[int(i)]) is None for i in sample])
-        bare = feed.bare([feed.rows[int(i)] for i in plan[widest]])
-        reference_s = _seconds(lambda: policy.totals(bare)) * float(missing) if missing else 0.0
+        bare = [feed.bare(part) for part in feed.parts([feed.rows[int(i)] for i in plan[widest]])]
+        reference_s = _seconds(lambda: [policy.totals(one) for one in bare]) * float(missing) if missing else 0.0
     mx.reset_peak_memory()
     began = time.perf_counter()
-    batch = next(feed.together(feed.rows, [(0, plan[widest])])).batch
+    batches = [micro.batch for micro in feed.together(feed.rows, [(0, plan[widest])])]
     made_s = time.perf_counter() - began
-    step_s = _seconds(lambda: policy.gradients(batch, loop.loss))
+    step_s = _seconds(lambda: [policy.gradients(batch, loop.loss) for batch in batches])
     sum_of_window = sum(value.nbytes for value in flat(policy.model.trainable_parameters()).values())
     peak = mx.get_peak_memory() + (sum_of_window if loop.settings.gradient_accumulation > 1 else 0)
     seconds = step_s / sizes[widest] * float(np.mean(sizes)) * feed.micro
@@ -70,6 +75,59 @@ def estimate(loop: Any) -> dict[str, Any]:
         "estimated_time_s": round(seconds, 1),
         "estimated_time": f"{duration(seconds)}, {seconds / feed.steps:.1f} s a step; evaluations come on top",
     }
+
+
+def shares(loop: Any) -> dict[str, Any]:
+    """How the first epoch's rows will lie on the device of --plan-for; nothing is computed.
+
+    shapes: how many of them; compiled_share of the parts; padding_share of computed tokens; recomputed_share: prompt
+    tokens computed again, relative to real ones; mask_free_share of attention calls, and light_share of them by head
+    size: what MLX's attention on a Mac has a backward pass for without a quadratic array.
+    """
+    policy, feed, device = loop.policy, loop.feed, loop.settings.plan_for
+    exact = policy.exact if device == "here" else device != "cpu"
+    if not exact:
+        return _padded_shares(loop)
+    found = layout.Layout((feed.layout or feed.laid_out()).shapes, **layout.options(policy))
+    for wanted in feed.needs(found):
+        found.note(wanted)
+    compiled = loop.settings.compile != "off"
+    told = found.shares() | ({} if compiled else {"compiled_share": 0.0})
+    return told | _attention(policy, [(layout.blank(shape), count) for shape, count in found.used.most_common(MOST)])
+
+
+def _padded_shares(loop: Any) -> dict[str, Any]:
+    """Where rows of a micro-batch lie together, prompts padded on the left."""
+    policy, feed = loop.policy, loop.feed
+    kinds: Counter[tuple[int, ...]] = Counter()
+    real = 0
+    for places in layout.spread(feed.plan(0)):
+        rows, counts = feed.rows, feed.rows.num_completions[places]
+        if not counts.all():
+            return {}  # the policy writes completions itself
+        widths = int(rows.prompt_lengths[places].max()), int(rows.completion_lengths[places].max())
+        kinds[len(places), widths[0], int(counts.sum()), widths[1]] += 1
+        real += int(rows.sizes[places].sum()) - len(places)
+    computed = sum(n * (p * (columns - 1) + r * wide) for (p, columns, r, wide), n in kinds.items())
+    told = {"shapes": len(kinds), "compiled_share": float(policy.compiled), "padding_share": 1 - real / computed}
+    sample = layout.spread(feed.plan(0), 4)
+    batches = [(feed.bare([feed.rows[int(i)] for i in places]), 1) for places in sample]
+    return told | {"recomputed_share": 0.0} | _attention(policy, batches)
+
+
+def _attention(policy: Any, batches: Sequence[tuple[Batch, int]]) -> dict[str, Any]:
+    """Of the attention calls of these batches, each counted so often; only their graphs are built."""
+    met: Counter[tuple[int, str]] = Counter()
+    for batch, count in batches:
+        policy.kernels.attended.clear()
+        policy.states(batch)
+        met.update({kind: n * count for kind, n in policy.kernels.attended.items()})
+    calls = sum(met.values())
+    if not calls:
+        return {}
+    light = {size: n / calls for (size, kind), n in sorted(met.items()) if kind == "free" and size in LIGHT}
+    free = sum(n for (_, kind), n in met.items() if kind != "array")
+    return {"mask_free_share": free / calls, "light_share": light}
 
 
 def _padded(rows: Dataset, places: np.ndarray) -> int:

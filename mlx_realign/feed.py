@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 import numpy as np
 
-from . import data
+from . import data, layout
 from .batch import Batch, Example
 from .config import TrainSettings
 from .policy import Policy
@@ -49,6 +49,7 @@ class Feed:
         self.reference, self.settings, self.rows, self.held_out = reference, settings, rows, held_out
         self.width = policy.width if policy.compiled else (lambda n: n)
         self.plans: dict[int, list[np.ndarray]] = {}
+        self.layout: layout.Layout | None = None
         self.per_epoch = len(self.plan(0))
         window = settings.gradient_accumulation
         epochs = max(1, round(settings.epochs * self.per_epoch))
@@ -57,6 +58,8 @@ class Feed:
         self.measured: dict[str, float] = {}  # what making the last window's micro-batches has shown
         self.samples: list[dict[str, Any]] = []  # and completions to read
         self.rewards = False  # whether `rewarded` is what an evaluation measures
+        if policy.exact:
+            self.layout = self.laid_out()
 
     def plan(self, epoch: int) -> list[np.ndarray]:
         """Rows of each micro-batch of an epoch."""
@@ -69,6 +72,16 @@ class Feed:
         """Rows of each micro-batch, in some order."""
         s = self.settings
         return data.plan(rows, batch_size=s.batch_size, batch_tokens=s.batch_tokens, width=self.width, **order)
+
+    def laid_out(self) -> layout.Layout:
+        """The shapes of the run where rows lie as on a GPU, chosen from the lengths in its data."""
+        epochs = max(1, -(-self.micro // self.per_epoch))
+        return layout.of_rows(self.rows, self.plan, epochs, **layout.options(self.policy))
+
+    def needs(self, found: layout.Layout) -> Iterator[layout.Need]:
+        """What the parts of the first epoch need, or of as many of its micro-batches as are looked at."""
+        for places in layout.spread(self.plan(0)):
+            yield from (found.need(part) for part in found.parts([self.rows[int(i)] for i in places]))
 
     def window(self, step: int) -> Iterator[Micro]:
         """Micro-batches of an optimizer step (from 1); the last step of a run may have fewer."""
@@ -85,8 +98,8 @@ class Feed:
         """(place, how many, micro-batch) over the held-out rows, in the order of their file."""
         assert self.held_out
         plan = self.cut(self.held_out, seed=0, epoch=0, shuffle=False)
-        for i, micro in enumerate(self.together(self.held_out, [(0, places) for places in plan])):
-            yield i, len(plan), micro
+        for micro in self.together(self.held_out, list(enumerate(plan))):
+            yield micro.place, len(plan), micro
 
     def together(self, rows: data.Dataset, window: list[tuple[int, np.ndarray]]) -> Iterator[Micro]:
         """Micro-batches, by (place in the run, rows), whose losses are divided by one number."""
@@ -94,37 +107,41 @@ class Feed:
         if self.shared:
             extras = self.shared([rows[int(i)] for _, places in window for i in places], self.ratios)
         for place, places in window:
-            micro = self.collate(rows, places, place)
-            micro.batch.extras.update(extras)
-            yield micro
+            for micro in self.collate(rows, places, place):
+                micro.batch.extras.update(extras)
+                yield micro
 
     def first_epoch(self) -> Iterator[tuple[int, int, Micro]]:
         """The training rows in the batches of the first epoch, without what a window shares."""
         plan = self.plan(0)
         for i, places in enumerate(plan):
-            yield i, len(plan), self.collate(self.rows, places, i)
+            yield from ((i, len(plan), micro) for micro in self.collate(self.rows, places, i))
 
-    def collate(self, rows: data.Dataset, places: np.ndarray, place: int = 0) -> Micro:
-        """The micro-batch of these rows."""
-        examples = [rows[int(i)] for i in places]
-        batch = self.bare(examples)
-        if self.reference:
-            batch.extras.update(self.reference.extras(examples, batch))
-        return Micro(place, examples, batch)
+    def collate(self, rows: data.Dataset, places: np.ndarray, place: int = 0) -> Iterator[Micro]:
+        """The micro-batch of these rows, in as many parts as it is computed in."""
+        for examples in self.parts([rows[int(i)] for i in places]):
+            batch = self.bare(examples)
+            if self.reference:
+                batch.extras.update(self.reference.extras(examples, batch))
+            yield Micro(place, examples, batch)
+
+    def parts(self, examples: list[Example]) -> list[list[Example]]:
+        """A micro-batch as it is computed."""
+        return self.layout.parts(examples) if self.layout else [examples]
 
     def ratios(self, examples: list[Example]) -> mx.array:
         """float32 [completions]: log-ratio of each to the reference as the policy is now, no gradient."""
         assert self.reference
         found = []
-        for start in range(0, len(examples), self.settings.batch_size):
-            part = examples[start : start + self.settings.batch_size]
+        size = self.settings.batch_size
+        for part in (p for i in range(0, len(examples), size) for p in self.parts(examples[i : i + size])):
             batch = self.bare(part)
             found.append(self.policy.totals(batch) - self.reference.totals(part, batch))
         return mx.concatenate(found)
 
     def bare(self, examples: list[Example]) -> Batch:
         """The batch of these rows, as data alone makes it."""
-        return data.collate(examples, width=self.width)
+        return self.layout.lay(examples) if self.layout else data.collate(examples, width=self.width)
 
     def probe(self) -> Sequence[Example] | data.Dataset:
         """Rows with completions at which the KL to the start is measured."""

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Ways through an unmodified mlx-lm model to the hidden states of completion tokens.
 
-Shared: each prompt is computed once, and its keys and values (kept differentiable) serve all its completions, through
-mlx-lm's cache protocol (`offset`, `update_and_fetch`, `make_mask`). Even: the same for prompts of one length at a time,
+Shared: each prompt is computed once, and its keys and values or states (kept differentiable) serve all its
+completions, through mlx-lm's cache protocol (see prompt_caches). Even: the same for prompts of one length at a time,
 without padding. Plain: one right-padded row per completion. All return hidden states that predict the completions'
 tokens and those that predict the prompts' own; the head is applied elsewhere, in chunks, to those that are asked for.
 """
@@ -16,13 +16,17 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_map
-from mlx_lm.models.cache import KVCache, RotatingKVCache, make_prompt_cache
+from mlx_lm.models.cache import ArraysCache, KVCache, RotatingKVCache, make_prompt_cache
 
 from . import balance, calls, taps
-from .batch import Batch
+from .batch import Batch, Strip
 from .errors import said
+from .prompt_caches import PromptReader, PromptRecorder, StateRecorder, read, record, window_of
 
 STOPS = "the model's code stops there"
+STATES = (ArraysCache,)
+BY_LENGTH = ("DynamicNTKScalingRoPE",)  # in mlx-lm: they scale positions by how far the pass that they see goes
+OURS = (PromptRecorder, PromptReader, StateRecorder)  # caches that are not decoded with
 WINDOW = 4  # attention windows are shrunk to this for a check, so that a short prompt is longer than them
 WINDOWS = "window window_size sliding_window sliding_window_size attention_window_size loop_window_size".split()
 WINDOWS += ["attention_chunk_size"]
@@ -34,77 +38,39 @@ class States(NamedTuple):
     """Hidden states, of the residual stream's dtype."""
 
     completion: mx.array  # [R, Lc, D]
-    prompt: mx.array  # [P, Lp - 1, D]: they predict every prompt token but the first; anything where the prompt is pad
+    prompt: mx.array  # [P, Lp - 1, D]: they predict the batch's prompts but for the first token; anything before pads
 
 
-class PromptRecorder:
-    """Cache of one layer while the prompts are computed: keeps keys and values as they come, graph and all."""
+def shareable(model: nn.Module, *, padded: bool) -> str | None:
+    """Why prompts cannot be shared on this model, or None: keys and values can be, plain and rotating, and states.
 
-    variant: mx.array | None = None  # int32 [P]: the configuration of each row that taps ask for
-    last_prompt: mx.array | None = None  # int32 [P]: position of each prompt's last token, which comes after these
-
-    def __init__(self, pad: mx.array, window: int | None) -> None:
-        self.pad, self.window, self.offset = pad, window, -pad
-        self.kv: tuple[mx.array, ...] = ()
-        self.notes: dict[str, mx.array] = {}  # [P, ...]: what taps keep of each prompt, handed on to its rows
-
-    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
-        self.kv = (keys, values)
-        return keys, values
-
-    def make_mask(self, n: int, return_array: bool = False, window_size: int | None = None) -> mx.array:
-        return _mask(0, n, self.pad, window_size or self.window)
-
-
-class PromptReader:
-    """Cache of one layer while the completions are computed: keys and values = [those of the row's prompt, own]."""
-
-    def __init__(self, recorder: PromptRecorder, rows: mx.array) -> None:
-        self.kv = tuple(x[rows] for x in recorder.kv)
-        self.prefix = recorder.kv[0].shape[2]
-        self.pad, self.window = recorder.pad[rows], recorder.window
-        self.offset = self.last_prompt = self.prefix - self.pad
-        self.variant = None if recorder.variant is None else recorder.variant[rows]
-        self.notes = {name: x[rows] for name, x in recorder.notes.items()}
-
-    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
-        return mx.concatenate([self.kv[0], keys], 2), mx.concatenate([self.kv[1], values], 2)
-
-    def make_mask(self, n: int, return_array: bool = False, window_size: int | None = None) -> mx.array:
-        return _mask(self.prefix, n, self.pad, window_size or self.window)
-
-
-def _mask(start: int, n: int, pad: mx.array, window: int | None) -> mx.array:
-    """bool [rows, 1, n, start + n], True = may look: causal, no pad column, within the window.
-
-    Pad queries look at themselves, so that no row of the softmax is empty.
+    padded: with padding before them, which is no part of keys and values alone.
     """
-    query, key = mx.arange(start, start + n)[:, None], mx.arange(start + n)[None]
-    seen = query >= key
-    if window is not None:
-        seen = seen & (query - key < window)
-    return (seen & (pad[:, None, None, None] <= key)) | (query == key)
-
-
-def shareable(model: nn.Module) -> str | None:
-    """Why prompts cannot be shared on this model, or None: only plain and rotating key-value caches can."""
-    entries = make_prompt_cache(model)
-    kinds = {type(entry) for entry in entries} - {KVCache, RotatingKVCache}
+    kinds = {type(entry) for entry in make_prompt_cache(model)} - {KVCache, RotatingKVCache, *STATES}
     if kinds:
         return f"its cache holds {', '.join(sorted(kind.__name__ for kind in kinds))}"
-    token, rows = mx.zeros((1, 1), mx.int32), mx.zeros(1, mx.int32)
+    if any(type(module).__name__ in BY_LENGTH for module in model.modules()):
+        return "its positions depend on how long the whole text is"
+    if padded and stateful(model):
+        return "its states would be others"
+    token, rows = mx.zeros((5, 2), mx.int32), mx.zeros(5, mx.int32)  # one row would be broadcast to any shape
     try:  # nothing is computed: a model file that takes other caches than mlx-lm's amiss does so before
-        recorders = record(model, rows, 1)
+        recorders = record(model, rows if padded else None, 2)
         model(token, cache=recorders)
-        model(token, cache=[PromptReader(recorder, rows) for recorder in recorders])
+        model(token, cache=read(recorders, rows, 2))
     except Exception as error:  # whatever an architecture raises, its rows are computed alone
         return f"{STOPS} ({said(error)})"
     return None
 
 
+def stateful(model: nn.Module) -> bool:
+    """Whether some layers sum up all tokens in a state, which padding before a prompt would be part of."""
+    return any(isinstance(entry, ArraysCache) for entry in make_prompt_cache(model))
+
+
 def windows(model: nn.Module) -> list[int | None]:
     """Of each layer's attention: how many tokens it looks back, None without a limit."""
-    return [getattr(entry, "max_size", None) for entry in make_prompt_cache(model)]
+    return [window_of(entry) for entry in make_prompt_cache(model)]
 
 
 @contextmanager
@@ -126,28 +92,48 @@ def shrunk_windows(model: nn.Module) -> Iterator[None]:
             setattr(holder, name, value)
 
 
-def record(model: nn.Module, pad: mx.array, width: int, variant: mx.array | None = None) -> list[PromptRecorder]:
-    """Recorders for prompts without their last tokens: `width` columns, of which pad int32 [P] are empty."""
-    recorders = [PromptRecorder(pad, window) for window in windows(model)]
-    for recorder in recorders:
-        recorder.last_prompt, recorder.variant = width - pad, variant
-    return recorders
-
-
 def shared(model: nn.Module, hidden: Hidden, batch: Batch) -> States:
     """With every prompt computed once."""
-    prompt, completion = batch.prompt, batch.completion
-    if prompt.shape[1] < 2:  # the last tokens begin the rows: there is nothing before them to share
+    width = batch.prompt.shape[1] - 1
+    if not width and batch.prompt_pad is None:
+        return _rows(hidden, batch)
+    if not width:  # the last tokens begin the rows: there is nothing before them to share
         return plain(model, hidden, batch)
-    recorders = record(model, batch.prompt_pad, prompt.shape[1] - 1)
-    ahead = hidden(prompt[:, :-1], recorders)
-    readers = [PromptReader(recorder, batch.row_prompt) for recorder in recorders]
-    tokens = mx.concatenate([prompt[:, -1][batch.row_prompt][:, None], completion[:, :-1]], 1)
-    return States(hidden(tokens, readers), ahead)
+    recorders = record(model, batch.prompt_pad, width, lead=batch.lead)
+    ahead = hidden(batch.prompt[:, :-1], recorders)
+
+    def run(strip: Strip) -> mx.array:
+        return hidden(strip.tokens, read(recorders, batch.row_prompt[strip.rows], width))
+
+    return States(_completions(batch, run), ahead)
+
+
+def _rows(hidden: Hidden, batch: Batch) -> States:
+    """Of an exact batch that shares nothing: every row begins with its text's first token."""
+
+    def run(strip: Strip) -> mx.array:
+        with taps.tell(last_prompt=batch.ahead[batch.row_prompt][strip.rows]):
+            return hidden(strip.tokens)
+
+    found = _completions(batch, run)
+    return States(found, mx.zeros((batch.prompt.shape[0], 0, found.shape[2]), found.dtype))
+
+
+def _completions(batch: Batch, run: Callable[[Strip], mx.array]) -> mx.array:
+    """[R, Lc, D]: hidden states of every strip in its place; of a batch without strips it is one."""
+    if not batch.strips:
+        last = batch.prompt[:, -1][batch.row_prompt][:, None]
+        return run(Strip(mx.arange(last.shape[0]), mx.concatenate([last, batch.completion[:, :-1]], 1)))
+    width = batch.completion.shape[1]
+    found = [mx.pad(x, [(0, 0), (0, width - x.shape[1]), (0, 0)]) for x in map(run, batch.strips)]
+    order = mx.argsort(mx.concatenate([strip.rows for strip in batch.strips]))
+    return mx.concatenate(found)[order]
 
 
 def even(model: nn.Module, hidden: Hidden, batch: Batch) -> States:
     """As `shared`, prompts of one length at a time: no position is below 0, as those of padding are. Not compiled."""
+    if batch.prompt_pad is None:
+        return shared(model, hidden, batch)
     width, parts = batch.prompt.shape[1], even_parts(batch)
     found = [shared(model, hidden, part) for part, _, _ in parts]
     ahead = [mx.pad(x.prompt, [(0, 0), (width - 1 - x.prompt.shape[1], 0), (0, 0)]) for x in found]
@@ -157,12 +143,12 @@ def even(model: nn.Module, hidden: Hidden, batch: Batch) -> States:
 
 def even_parts(batch: Batch) -> list[tuple[Batch, np.ndarray, np.ndarray]]:
     """A batch cut by the lengths of its prompts, and which prompts and rows each part has; `positions` stay."""
-    pad, row_prompt, found = np.array(batch.prompt_pad), np.array(batch.row_prompt), []
+    pad, row_prompt, found = np.array(batch.pad), np.array(batch.row_prompt), []
     for n in np.unique(pad):
         prompts, rows = np.flatnonzero(pad == n), np.flatnonzero(pad[row_prompt] == n)
         part = batch._replace(
             prompt=batch.prompt[mx.array(prompts)][:, int(n) :],
-            prompt_pad=mx.zeros(len(prompts), mx.int32),
+            prompt_pad=None,
             completion=batch.completion[mx.array(rows)],
             row_prompt=mx.array(np.searchsorted(prompts, row_prompt[rows]).astype(np.int32)),
             mask=batch.mask[mx.array(rows)],
@@ -173,18 +159,25 @@ def even_parts(batch: Batch) -> list[tuple[Batch, np.ndarray, np.ndarray]]:
 
 def plain(model: nn.Module, hidden: Hidden, batch: Batch) -> States:
     """With each row computed alone: prompt and completion in a row, padded on the right."""
+    if batch.prompt_pad is None and batch.prompt.shape[1] == 1:
+        return _rows(hidden, batch)
     width, rows = batch.prompt.shape[1], batch.completion.shape[0]
-    pad = batch.prompt_pad[batch.row_prompt][:, None]
+    pad = batch.pad[batch.row_prompt][:, None]
     length = batch.completion.shape[1]
     joined = mx.concatenate([batch.prompt[batch.row_prompt], batch.completion, mx.zeros((rows, width), mx.int32)], 1)
     columns = mx.arange(width + length - 1)[None] + pad  # drop the left pad: rows start at their first token
-    with taps.tell(last_prompt=width - 1 - pad[:, 0]):
+    with taps.tell(last_prompt=width - 1 - pad[:, 0] + batch.ahead[batch.row_prompt]):
         states = hidden(mx.take_along_axis(joined, columns, 1))
     wanted = mx.arange(length)[None] + (width - 1 - pad)
-    first = mx.argmax(batch.row_prompt[None] == mx.arange(batch.prompt.shape[0])[:, None], 1)  # a row of each prompt
+    first = first_rows(batch)
     ahead = mx.maximum(mx.arange(width - 1)[None] - pad[first], 0)
     completion = mx.take_along_axis(states, wanted[..., None], 1)
     return States(completion, mx.take_along_axis(states[first], ahead[..., None], 1))
+
+
+def first_rows(batch: Batch) -> mx.array:
+    """int32 [P]: a row of each prompt."""
+    return mx.argmax(batch.row_prompt[None] == mx.arange(batch.prompt.shape[0])[:, None], 1)
 
 
 def token_weights(batch: Batch, sharing: bool, even: bool = False) -> list[mx.array]:
@@ -193,17 +186,21 @@ def token_weights(batch: Batch, sharing: bool, even: bool = False) -> list[mx.ar
     The same tokens count in both ways: a shared prompt's once for each of its completions, as if it were repeated. What
     follows a row's last trained token does not count.
     """
-    if sharing and even:
+    exact = batch.prompt_pad is None
+    if sharing and even and not exact:
         return [weights for part, _, _ in even_parts(batch) for weights in token_weights(part, True)]
     columns = mx.arange(batch.completion.shape[1])[None]
     length = mx.where(batch.mask, columns + 1, 0).max(1, keepdims=True)
-    width, pad = batch.prompt.shape[1], batch.prompt_pad[:, None]
-    if not sharing or width < 2:
+    width, pad = batch.prompt.shape[1], batch.pad[:, None]
+    if not sharing or (width < 2 and not exact):
         tokens = width - pad[batch.row_prompt] + length - 1
         return [(mx.arange(width + columns.size - 1)[None] < tokens).astype(mx.float32).reshape(-1)]
+    strips = [(strip.tokens.shape[1], length[strip.rows]) for strip in batch.strips] or [(columns.size, length)]
+    found = [(columns[:, :n] < lengths).astype(mx.float32).reshape(-1) for n, lengths in strips]
+    if width < 2:
+        return found
     rows = mx.zeros(pad.shape).at[batch.row_prompt].add(1.0)
-    prompt = mx.where(mx.arange(width - 1)[None] >= pad, rows, 0.0)
-    return [prompt.reshape(-1), (columns < length).astype(mx.float32).reshape(-1)]
+    return [mx.where(mx.arange(width - 1)[None] >= pad, rows, 0.0).reshape(-1), *found]
 
 
 def layers_of(model: nn.Module) -> list[Any]:
@@ -250,12 +247,12 @@ def _checkpointed(base: type) -> type:
 
         def __call__(self, *args: Any, **kwargs: Any) -> Any:
             caches = list(calls.caches(*args, *kwargs.values()))
-            decoding = any(not isinstance(cache, PromptRecorder | PromptReader) for cache in caches)
+            decoding = any(not isinstance(cache, OURS) for cache in caches)
             if decoding or not self.recomputed:
                 return base.__call__(self, *args, **kwargs)  # decoding keeps its own cache
             object.__setattr__(self, "ran", True)
-            cache = caches[0] if caches else None
-            recording = isinstance(cache, PromptRecorder)
+            cache: Any = caches[0] if caches else None
+            recording = isinstance(cache, PromptRecorder) or type(cache) is StateRecorder
             given: list[mx.array] = []  # what comes from below: the stream, keys and values that a layer is lent
 
             def place(value: Any) -> Any:
@@ -278,12 +275,12 @@ def _checkpointed(base: type) -> type:
                 with balance.listening() as heard:
                     out = base.__call__(self, *args, **kwargs)
                 self.update(kept)
-                kept_kv = own.kv if recording else ()
+                kept_kv = own.kv if recording and own is not None else ()
                 if isinstance(out, tuple):  # it may hold them too, and an array that is given twice gets one gradient
                     kept_kv = tuple(mx.contiguous(x) for x in kept_kv)
                 return out, kept_kv, tuple(heard)
 
-            kv = cache.kv if isinstance(cache, PromptReader) else ()
+            kv = cache.kv if cache is not None and not recording else ()
             out, kv, heard = mx.checkpoint(run)(self.trainable_parameters(), given, *kv)
             if recording:
                 cache.kv = kv
@@ -294,7 +291,7 @@ def _checkpointed(base: type) -> type:
     return Checkpointed
 
 
-def _copy(cache: PromptRecorder | PromptReader | None, kv: tuple[mx.array, ...]) -> Any:
+def _copy(cache: Any, kv: tuple[mx.array, ...]) -> Any:
     if cache is None:
         return None
     own = object.__new__(type(cache))

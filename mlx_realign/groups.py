@@ -13,10 +13,11 @@ import mlx.core as mx
 import numpy as np
 
 from . import advantages as adv
-from . import data, rollout, ways
-from .batch import Batch, Completion, Example
+from . import data, layout, rollout, ways
+from .batch import Completion, Example, placed
 from .errors import UserError
 from .feed import Feed, Micro
+from .layout import Layout, Need
 from .reference import Reference
 from .rewards import Group, Judge, Judged, group_measures, mean
 from .rollout import Generated
@@ -32,8 +33,8 @@ class GroupFeed(Feed):
 
     def __init__(self, *arguments: Any, config: Any, base: str, say: Any) -> None:
         """arguments: as of Feed. config: of the method. base: fingerprint of the model. say: for the user."""
-        super().__init__(*arguments)
         self.config, self.base, self.say = config, base, say
+        super().__init__(*arguments)
         self.updates = config.updates_per_rollout
         self.steps *= self.updates
         self.place, self.round = 0, -1  # the next prompts, and the rollout under way
@@ -53,6 +54,23 @@ class GroupFeed(Feed):
         self._refuse_unfit()
 
     # ------------------------------------------------------------------ what the loop asks
+
+    def laid_out(self) -> Layout:
+        """Shapes for the given completions, and for those that will be generated."""
+        given, options = self.rows.num_completions > 0, layout.options(self.policy)
+        shapes = super().laid_out().shapes if given.any() else ()
+        if not given.all():
+            lengths, config = self.rows.prompt_lengths[~given], self.config
+            shapes += layout.of_rollouts(lengths, config.group_size, config.max_new_tokens, **options).shapes
+        return Layout(shapes, **options)
+
+    def needs(self, found: Layout) -> Iterator[Need]:
+        """Rows without completions are counted with completions as long as they may become."""
+        whole = Completion(most := np.zeros(self.config.max_new_tokens, np.int32), most == 0)
+        for places in layout.spread(self.plan(0)):
+            rows = [self.rows[int(i)] for i in places]
+            rows = [e if e.completions else e._replace(completions=(whole,) * self.config.group_size) for e in rows]
+            yield from (found.need(part) for part in found.parts(rows))
 
     def window(self, step: int) -> Iterator[Micro]:
         """The micro-batches of an optimizer step, after a rollout where the last one has been used up."""
@@ -212,7 +230,7 @@ class GroupFeed(Feed):
         for kind in (True, False):
             part: list[Group] = []
             for group in (group for group in groups if bool(group.generated) is kind):
-                if part and not self._fits([*part, group]):
+                if part and (self.layout or not self._fits([*part, group])):
                     yield self._micro(part, place, ratios)
                     part = []
                 part.append(group)
@@ -231,7 +249,7 @@ class GroupFeed(Feed):
         examples = [e._replace(key=data.key_of(e.prompt, e.completions)) for e in examples]
         batch = self.bare(examples)
         if groups[0].generated:
-            batch.extras["sampler_logps"] = _placed(batch, [one.logps for group in groups for one in group.generated])
+            batch.extras["sampler_logps"] = placed(batch, [one.logps for group in groups for one in group.generated])
             if self.updates > 1 and ratios:
                 batch.extras["old_logps"] = self.policy.token_logps(batch)
             if self.reference:
@@ -327,14 +345,6 @@ def _without_say(group: Group) -> Group:
     """A group that moves nothing, for a step where no group differs."""
     extras = {"advantages": [0.0] * len(group.completions)}
     return group._replace(example=group.example._replace(completions=group.completions, extras=extras))
-
-
-def _placed(batch: Batch, rows: Sequence[np.ndarray]) -> mx.array:
-    """float32 [R, Lc] of numbers per completion token, zero behind them."""
-    placed = np.zeros(batch.mask.shape, np.float32)
-    for place, own in zip(placed, rows, strict=True):
-        place[: len(own)] = own
-    return mx.array(placed)
 
 
 def _packed(micro: Micro) -> dict[str, Any]:

@@ -38,7 +38,6 @@ class Policy:
     def __init__(self, loaded: loading.Loaded, name: str) -> None:
         self.model, self.tokenizer, self.config, self.folder, self.notes, self.quantized = loaded
         self.name = name
-        self.even = False  # prompts are shared among those of one length only: this model cannot have padding
         self.workers = Workers(cores() if loading.on_cpu() else 1)
         self.compiled = False
         self.needs: frozenset[str] = frozenset()
@@ -47,9 +46,11 @@ class Policy:
         self.tried: dict[str, str | None] = {}  # ways of generating: what is wrong with each, None if nothing; see ways
         self.start: dict[str, mx.array] = {}
         self._starts_at_base: bool | None = None
+        self.exact = not loading.on_cpu()  # whether a run lays its rows out without masks and padding before prompts
         _refuse_second(self.model)
         with loading.one_line(name, self.config):
-            self.sharing = forward.shareable(self.model) is None
+            self.sharing, self.even = self.shares()
+            self.stateful = forward.stateful(self.model)
             self.model.freeze()
             self.kernels = install(self.model)
         self.notes += self.kernels.notes
@@ -61,6 +62,11 @@ class Policy:
         self.refresh()
         with loading.one_line(name, self.config):
             self.reach = reach.find(self.model, self.config, self.vocabulary)
+
+    def shares(self) -> tuple[bool, bool]:
+        """Whether prompts are shared, and whether only those of one length, as this model can have no padding."""
+        even = forward.shareable(self.model, padded=True) is not None
+        return not even or forward.shareable(self.model, padded=False) is None, even
 
     def close(self) -> None:
         """Give the model's modules back mlx-lm's own functions; the policy goes on working, by those. Twice is once."""
@@ -168,6 +174,10 @@ class Policy:
         if "prompt_logps" in self.needs:
             picked = mx.concatenate([picked, states.prompt.reshape(-1, size)])
             targets = mx.concatenate([targets, batch.prompt[:, 1:].reshape(-1)])
+            if batch.lead is not None:  # what of the prompts stands in front of their rows: in the first row of each
+                first = forward.first_rows(batch)
+                picked = mx.concatenate([picked, states.completion[first].reshape(-1, size)])
+                targets = mx.concatenate([targets, batch.completion[first].reshape(-1)])
         head, squares = self.body.head(), "log_sum_sq" in self.needs
         if self.temperature != 1 and head.rows is not None:
             picked = picked / self.temperature
@@ -185,8 +195,12 @@ class Policy:
         if "log_sum_sq" in self.needs:
             scores = scores._replace(log_sum_sq=place(found.log_sum_sq))
         if "prompt_logps" in self.needs:
-            real = mx.arange(batch.prompt.shape[1] - 1)[None] >= batch.prompt_pad[:, None]
-            scores = scores._replace(prompt_logps=mx.where(real, found.logps[count:].reshape(real.shape), 0))
+            real, rest = mx.arange(batch.prompt.shape[1] - 1)[None] >= batch.pad[:, None], found.logps[count:]
+            parts = [mx.where(real, rest[: real.size].reshape(real.shape), 0)]
+            if batch.lead is not None:
+                real = mx.arange(width)[None] < batch.lead[:, None]
+                parts.append(mx.where(real, rest[-real.size :].reshape(real.shape), 0))
+            scores = scores._replace(prompt_logps=mx.concatenate(parts, 1))
         return scores
 
     def states(self, batch: Batch) -> forward.States:
@@ -251,7 +265,8 @@ class Policy:
         self.compiled, self.workers = True, Workers(1)
 
     def _gradients(self, batch: Batch, loss: Loss) -> tuple[LossOutput, dict[str, Any]]:
-        if self.compiled and not self.even:  # a trace cannot know which prompts are of one length
+        exact = batch.prompt_pad is None
+        if self.compiled and batch.planned and (exact or not self.even):  # a trace cannot know which lengths are equal
             try:
                 return self._traced(batch, loss)
             except compiled.LooksAtNumbers:

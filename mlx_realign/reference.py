@@ -15,7 +15,7 @@ import mlx.core as mx
 import numpy as np
 
 from . import blas, fingerprint
-from .batch import Batch, Example
+from .batch import Batch, Example, placed, taken
 from .cache import cache_dir
 from .guard import Fault
 from .policy import Policy
@@ -51,12 +51,9 @@ class Reference:
         """What a loss reads: `ref_logps` float32 [R], or with `tokens` `ref_token_logps` [R, Lc], zero where masked."""
         if not self.tokens:
             return {"ref_logps": self.totals(examples, batch)}
-        placed = np.zeros(batch.mask.shape, np.float32)
         lengths = [len(c.tokens) for e in examples for c in e.completions]
         values = np.split(np.concatenate(self._answers(examples, batch)), np.cumsum(lengths)[:-1])
-        for row, own in zip(placed, values, strict=True):
-            row[: len(own)] = own
-        return {"ref_token_logps": mx.array(placed)}
+        return {"ref_token_logps": placed(batch, values)}
 
     def totals(self, examples: Sequence[Example], batch: Batch) -> mx.array:
         """float32 [R], nats, summed over the trained tokens; rows not stored are computed through the same batch."""
@@ -79,8 +76,9 @@ class Reference:
         if not self.tokens:
             counts = [len(example.completions) for example in examples]
             return np.split(np.array(self.policy.totals(batch)).astype("<f4"), np.cumsum(counts)[:-1])
-        rows = iter(np.array(self.policy.token_logps(batch)).astype("<f4"))
-        return [np.concatenate([next(rows)[: len(c.tokens)] for c in e.completions]) for e in examples]
+        lengths = [len(c.tokens) for e in examples for c in e.completions]
+        rows = iter(taken(batch, self.policy.token_logps(batch), lengths))
+        return [np.concatenate([next(rows) for _ in e.completions]) for e in examples]
 
     def _size(self, example: Example) -> int:
         return sum(len(c.tokens) if self.tokens else 1 for c in example.completions)

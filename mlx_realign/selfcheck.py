@@ -14,10 +14,10 @@ from typing import Any, NamedTuple
 
 import mlx.core as mx
 import numpy as np
-from mlx.utils import tree_flatten
+from mlx.utils import tree_flatten, tree_map
 
-from . import adapter, compiled, forward, selfcheck_reference
-from .batch import Batch, LossOutput, Scores
+from . import adapter, compiled, data, forward, selfcheck_reference
+from .batch import Batch, Completion, Example, LossOutput, Scores, placed, taken
 from .errors import said
 from .forward import STOPS, shrunk_windows
 from .policy import Policy
@@ -97,20 +97,21 @@ class _Check:
             self.notes.append(f"the head is not cut into chunks, which takes more memory: {reason}")
 
     def prompts(self) -> None:
-        policy, reason = self.policy, forward.shareable(self.policy.model)
-        policy.sharing, unable = reason is None, reason
-        reason, _ = self._try("shared_prompts", reason)
-        if reason and not unable and not reason.startswith(STOPS):  # what raises may do so at other shapes only
-            policy.even = True
-            if not self._try("shared_prompts")[0]:
-                self.notes.append(
-                    f"only prompts of one length are computed together, which takes more time: with padding {reason}"
-                )
-                return
-            self.results["shared_prompts"] = f"off: {reason}"
+        policy, padded = self.policy, forward.shareable(self.policy.model, padded=True)
+        policy.sharing, policy.even = able, _ = policy.shares()
+        reason, _ = self._try("shared_prompts", None if able else forward.shareable(policy.model, padded=False))
+        # What raises may do so at other shapes only.
+        if reason and able and not policy.even and not reason.startswith(STOPS):
+            policy.even, padded = True, reason
+            if reason := self._try("shared_prompts")[0] and padded:
+                self.results["shared_prompts"] = f"off: {reason}"
         if reason:
             policy.sharing = policy.even = False
             self.notes.append(f"prompts are not shared between completions, each row is computed alone: {reason}")
+        elif policy.even and not policy.exact:
+            self.notes.append(
+                f"only prompts of one length are computed together, which takes more time: with padding {padded}"
+            )
 
     def checkpointing(self) -> None:
         forward.checkpoint_layers(self.policy.model)
@@ -161,20 +162,48 @@ def probe(vocabulary: int) -> Batch:
 
 
 def _measure(policy: Policy, batch: Batch) -> dict[str, mx.array]:
-    """Log-probs and gradients of a weighted sum of them; adapters start at zero, so theirs are nudged for the check."""
-    weights = weights_of(batch)
+    """Log-probs and gradients of a weighted sum of them; adapters start at zero, so theirs are nudged for the check.
+
+    Where runs lay their rows out exactly, prompts are shared in that way.
+    """
+    batch.extras["weights"] = weights_of(batch)
 
     def loss(scores: Scores, part: Batch) -> LossOutput:
-        return LossOutput((scores.logps * weights).sum(), mx.array(1.0), {"logps": (scores.logps, mx.array(1.0))})
+        total = (scores.logps * part.extras["weights"]).sum()
+        return LossOutput(total, mx.array(1.0), {"logps": (scores.logps, mx.array(1.0))})
 
+    exact = policy.exact and policy.sharing
+    parts = [_exact(batch, p) for p in range(batch.prompt.shape[0])] if exact else [batch]
+    logps, grads = [], {}
     with nudged(policy.model):
-        if policy.trained:
-            out, grads = policy.differentiate(batch, loss)
-        else:
-            out, grads = loss(policy.scores(batch), batch), {}
-        mx.eval(out, grads)
+        for part in parts:
+            if policy.trained:
+                out, slopes = policy.differentiate(part, loss)
+                grads = tree_map(mx.add, grads, slopes) if grads else slopes
+            else:
+                out = loss(policy.scores(part), part)
+            mx.eval(out, grads)
+            logps.append(out.metrics["logps"][0])
+    found = logps[0]
+    if exact:
+        own = [row for part, x in zip(parts, logps, strict=True) for row in taken(part, x, np.array(part.mask).sum(1))]
+        found = mx.array(np.stack([np.pad(row, (0, batch.mask.shape[1] - len(row))) for row in own]))
     slopes: Any = tree_flatten(grads)
-    return {"log-probs": out.metrics["logps"][0], **{f"the gradient of {k}": v for k, v in slopes}}
+    return {"log-probs": found, **{f"the gradient of {k}": v for k, v in slopes}}
+
+
+def _exact(batch: Batch, prompt: int) -> Batch:
+    """A prompt of the probe with its completions as a run on a GPU lays them out: its last tokens are not shared."""
+    rows = np.flatnonzero(np.array(batch.row_prompt) == prompt)
+    tokens, mask, weights = (np.array(x)[rows] for x in (batch.completion, batch.mask, batch.extras["weights"]))
+    own = [row[kept] for row, kept in zip(tokens, mask, strict=True)]
+    text = np.array(batch.prompt)[prompt, int(np.array(batch.pad)[prompt]) :]
+    completions = tuple(Completion(one, np.ones(len(one), bool)) for one in own)
+    prefix, lengths = len(text) - 3, sorted(2 + len(one) for one in own)
+    widths = (lengths[len(own) // 2 - 1], lengths[-1]) if len(own) > 1 else (lengths[-1],)
+    part = data.collate_exact([Example(text, completions, 0, "", {})], prefix, widths)
+    part.extras["weights"] = placed(part, [row[kept] for row, kept in zip(weights, mask, strict=True)])
+    return part
 
 
 def _gap(found: dict[str, mx.array], expected: dict[str, mx.array]) -> tuple[float, str]:

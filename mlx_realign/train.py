@@ -22,7 +22,7 @@ from . import adapter, blas, checkpoint, config, data, drift, fingerprint, guard
 from .batch import LossOutput
 from .checkpoint import DiskFull
 from .errors import UserError
-from .estimate import estimate, facts
+from .estimate import estimate, facts, shares
 from .feed import Feed
 from .groups import GroupFeed
 from .guard import Fault, Interrupted, interruptible
@@ -101,7 +101,7 @@ def run(
         if not settings.dry_run:
             folder.open(loop.identity, found)
             return loop.run()
-        found |= estimate(loop)
+        found |= estimate(loop) | shares(loop)
         loop.close()
         reporter.facts(found)
         return found

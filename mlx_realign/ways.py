@@ -38,7 +38,7 @@ NOTES = {
 def check(policy: Policy) -> tuple[str, str | None]:
     """(the way this policy generates, a line where that is not the best for its kind); found once."""
     reason = None
-    for way in (*SHARED, *OWN) if policy.sharing else OWN:
+    for way in (*SHARED, *OWN) if policy.sharing and not policy.stateful else OWN:
         wrong = tried(policy, way)
         if wrong is None:
             return way, reason and f"{NOTES[way]}: {reason}"

@@ -76,7 +76,8 @@ class Workers:
 
     def map(self, batch: Batch, build: Callable[[Batch], Any]) -> list[Any]:
         """`build` makes arrays (lazily) from a part of the batch; one result per part, all evaluated."""
-        return self.each([batch] if self.pool is None else split(batch, self.count), build)
+        whole = self.pool is None or batch.prompt_pad is None  # an exact batch is a part already
+        return self.each([batch] if whole else split(batch, self.count), build)
 
     def each(self, parts: list[Part], build: Callable[[Part], Any]) -> list[Any]:
         """As `map`, of parts that are cut already."""
@@ -122,7 +123,7 @@ def _stream(number: int) -> mx.Stream:
 def split(batch: Batch, parts: int) -> list[Batch]:
     """The batch cut between prompts into at most `parts` of near equal work, each without columns nobody uses."""
     pad, rows, mask, tokens, prompt = (
-        np.array(x) for x in (batch.prompt_pad, batch.row_prompt, batch.mask, batch.completion, batch.prompt)
+        np.array(x) for x in (batch.pad, batch.row_prompt, batch.mask, batch.completion, batch.prompt)
     )
     lengths = np.where(mask.any(1), mask.shape[1] - np.argmax(mask[:, ::-1], 1), 1)
     cost = (prompt.shape[1] - pad) + np.bincount(rows, lengths, minlength=len(prompt))

@@ -31,6 +31,7 @@ LAYERS = [
         "balance",
         "taps",
         "forward",
+        "prompt_caches",
         "policy",
         "decoding",
         "stepping",
@@ -41,7 +42,18 @@ LAYERS = [
     | {"bench", "compiled", "writers", "vectors", "gguf_vectors", "verifiers", "data"},
     {"methods", "preference", "steering", "ablation"},
 ]
-MLX_LM_USERS = {"policy", "loading", "forward", "decoding", "stepping", "adapter", "data", "generate", "kernels"}
+MLX_LM_USERS = {
+    "policy",
+    "loading",
+    "forward",
+    "prompt_caches",
+    "decoding",
+    "stepping",
+    "adapter",
+    "data",
+    "generate",
+    "kernels",
+}
 
 
 def module_of(path: Path) -> str:

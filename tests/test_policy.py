@@ -25,7 +25,7 @@ from policy_tools import (
     with_sharing,
 )
 
-from mlx_realign import adapter, forward
+from mlx_realign import adapter, forward, prompt_caches
 from mlx_realign.batch import Batch, LossOutput, Scores
 from mlx_realign.config import build
 from mlx_realign.data import collate
@@ -73,8 +73,8 @@ def test_windows_matter_here(arch: str, monkeypatch: pytest.MonkeyPatch):
     """The same comparison fails by far when masks forget the window: prompts are longer than it."""
     policy, batch = make_policy(arch), make_batch()
     plain = policy_gradient(with_sharing(policy, False), batch)
-    right = forward._mask
-    monkeypatch.setattr(forward, "_mask", lambda start, n, pad, window: right(start, n, pad, None))
+    right = prompt_caches._mask
+    monkeypatch.setattr(prompt_caches, "_mask", lambda start, n, pad, window, array: right(start, n, pad, None, array))
     assert gap(policy_gradient(with_sharing(policy, True), batch), plain) > 0.05
 
 

@@ -11,15 +11,15 @@ from conftest import ARCHITECTURES
 from mlx.utils import tree_flatten
 from policy_tools import ALL, HYBRIDS, make_model, make_policy
 
-from mlx_realign import adapter_layers, forward, selfcheck
+from mlx_realign import adapter_layers, forward, prompt_caches, selfcheck
 from mlx_realign.errors import UserError
 from mlx_realign.kernels import token_scores
 from mlx_realign.policy import Policy
 
-PLAIN = {
-    "mamba2": "its cache holds ArraysCache",
-    "lfm2": "its cache holds ArraysCache",
-    "gemma2": "the model's code stops there (ValueError: [broadcast_shapes]",
+EVEN = {  # prompts of one length only
+    "mamba2": "with padding its states would be others",
+    "lfm2": "with padding its states would be others",
+    "gemma2": "with padding the model's code stops there (ValueError: [broadcast_shapes]",
 }
 
 
@@ -33,17 +33,15 @@ def test_every_architecture_passes_with_the_way_expected_of_it(arch: str):
     policy = make_policy(arch)
     forward.checkpoint_layers(policy.model)
     checks = selfcheck.run(policy)
-    assert policy.sharing == (arch not in PLAIN)
+    assert policy.sharing and policy.even == (arch in EVEN)
     assert policy.body.whole == (arch == "llama4_text")
     assert all(hasattr(type(layer), "checkpointed_from") for layer in forward.layers_of(policy.model))
-    expected_notes = 1 if arch in PLAIN or arch == "llama4_text" else 0
+    expected_notes = 1 if arch in EVEN or arch == "llama4_text" else 0
     assert len(checks.notes) == expected_notes
     assert all("\n" not in note for note in checks.notes)
-    if arch in PLAIN:
-        assert PLAIN[arch] in checks.notes[0]
-        assert "each row is computed alone" in checks.notes[0]
-    else:
-        assert exactness(checks.results["shared_prompts"]) <= 1e-4
+    if arch in EVEN:
+        assert EVEN[arch] in checks.notes[0]
+    assert exactness(checks.results["shared_prompts"]) <= 1e-4
     if arch != "llama4_text":
         assert exactness(checks.results["chunked_head"]) <= 1e-4
     assert exactness(checks.results["checkpointed_layers"]) <= 1e-4
@@ -57,13 +55,13 @@ def test_the_common_architectures_are_all_here():
 
 @pytest.mark.parametrize("kind", ["dynamic", "llama3", "linear"])
 def test_scaled_positions(kind: str):
-    """mlx-lm's dynamic RoPE takes no array of offsets, so it falls back; the others share."""
+    """A dynamic RoPE makes a prompt's keys depend on what comes behind it, so it falls back; the others share."""
     scaling = {"rope_type": kind, "factor": 2.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
     scaling |= {"original_max_position_embeddings": 64}
     policy = make_policy(make_model("llama", rope_scaling=scaling))
     checks = selfcheck.run(policy)
     assert policy.sharing == (kind != "dynamic")
-    assert ("the model's code stops there (" in checks.results["shared_prompts"]) == (kind == "dynamic")
+    assert ("how long the whole text is" in checks.results["shared_prompts"]) == (kind == "dynamic")
     assert np.isfinite(np.array(policy.scores(selfcheck.probe(policy.vocabulary)).logps)).all()
 
 
@@ -71,8 +69,8 @@ def test_scaled_positions(kind: str):
 def test_a_mask_that_forgets_the_window_is_found(arch: str, monkeypatch: pytest.MonkeyPatch):
     """Even though the probe's prompts are shorter than any real window: windows shrink for the check, and come back."""
     model = make_model(arch, sliding_window=4096)
-    right = forward._mask
-    monkeypatch.setattr(forward, "_mask", lambda start, n, pad, window: right(start, n, pad, None))
+    right = prompt_caches._mask
+    monkeypatch.setattr(prompt_caches, "_mask", lambda start, n, pad, window, array: right(start, n, pad, None, array))
     policy = make_policy(model)
     checks = selfcheck.run(policy)
     assert not policy.sharing
@@ -97,12 +95,12 @@ def wrong_rows(self: Any, recorder: Any, rows: mx.array) -> None:
     right_reader(self, recorder, mx.zeros_like(rows))
 
 
-right_reader = forward.PromptReader.__init__
+right_reader = prompt_caches.PromptReader.__init__
 
 
 @pytest.mark.parametrize("fault", [broken_offset, no_gradient_to_prompts, wrong_rows])
 def test_a_wrong_shared_forward_is_found(fault: Any, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(forward.PromptReader, "__init__", fault)
+    monkeypatch.setattr(prompt_caches.PromptReader, "__init__", fault)
     policy = make_policy("llama")
     checks = selfcheck.run(policy)
     assert not policy.sharing
@@ -228,8 +226,8 @@ DENSE = [arch for arch in ALL if arch not in ("qwen3_moe", "olmoe", "granitemoe"
 def test_in_bfloat16_nothing_is_given_up_for_rounding(arch: str):
     policy = in_bfloat16(arch)
     checks = selfcheck.run(policy)
-    assert policy.sharing == (arch not in PLAIN)
-    assert len(checks.notes) == (arch in PLAIN or arch == "llama4_text")
+    assert policy.sharing and policy.even == (arch in EVEN)
+    assert len(checks.notes) == (arch in EVEN or arch == "llama4_text")
     found = [exactness(line) for line in checks.results.values() if line.startswith("exact to ")]
     assert found and max(found) <= selfcheck.LIMIT[mx.bfloat16] / 3
 

@@ -10,7 +10,7 @@ import pytest
 from policy_tools import Numbers, gap, make_batch, make_examples, make_model, make_policy, naive_logps, weighed
 from reference_tools import own_model, stock_gradient
 
-from mlx_realign import adapter_layers, data, forward, kernels, rollout, selfcheck, selfcheck_reference
+from mlx_realign import adapter_layers, data, forward, kernels, prompt_caches, rollout, selfcheck, selfcheck_reference
 from mlx_realign.batch import Completion, Example
 from mlx_realign.errors import UserError
 from mlx_realign.kernels import attention
@@ -112,13 +112,13 @@ def test_gradients_that_would_take_long_are_left_out_and_it_is_said(monkeypatch:
     assert len(checks.notes) == 1
     assert checks.notes[0].startswith("gradients were not compared with mlx-lm's own, which would take ")
     assert policy.sharing
-    right = forward.PromptReader.__init__
+    right = prompt_caches.PromptReader.__init__
 
     def no_gradient_to_prompts(self: Any, *args: Any) -> None:
         right(self, *args)
         self.kv = tuple(mx.stop_gradient(x) for x in self.kv)
 
-    monkeypatch.setattr(forward.PromptReader, "__init__", no_gradient_to_prompts)
+    monkeypatch.setattr(prompt_caches.PromptReader, "__init__", no_gradient_to_prompts)
     selfcheck.run(policy)
     assert not policy.sharing
     policy.model.update({"model": {"norm": {"weight": mx.full((64,), np.inf)}}})

@@ -157,7 +157,7 @@ def test_a_way_that_is_wrong_is_not_taken(kind, broken, monkeypatch):
     way, note = ways.check(policy)
     assert way == [*ladder, "whole"][len(wrong)]
     assert note and "log-probs differ by" in note
-    assert policy.groups_rows == (False if policy.sharing else None)
+    assert policy.groups_rows == (False if policy.sharing and not policy.stateful else None)
     asked = Sampling(max_new_tokens=8, repetition_penalty=1.2)
     check(policy, rollout.rollout(policy, TOKENS, asked, group_size=2, seed=1, rows=3))
 

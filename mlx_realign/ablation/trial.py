@@ -19,8 +19,8 @@ from ..adapter_layers import SWITCH
 from ..capture import common_start
 from ..decoding import Decoder, Row
 from ..distributions import log_probs
-from ..forward import PromptReader, PromptRecorder, record
 from ..policy import Policy
+from ..prompt_caches import PromptReader, PromptRecorder, record
 from ..rollout import rollout
 from ..sampling import Sampling
 from ..ways import shares
@@ -163,7 +163,7 @@ class Slots:
     def _start(self, slot: int, begun: tuple[int, ...]) -> list[PromptRecorder]:
         """Keys and values of a start in a slot's model, computed once."""
         if begun and (slot, begun) not in self.starts:
-            made = record(self.policy.model, mx.array([0]), len(begun), mx.array([slot], mx.int32))
+            made = record(self.policy.model, None, len(begun), mx.array([slot], mx.int32))
             self.policy.body.hidden(mx.array([begun]), made)
             mx.eval([recorder.kv for recorder in made])
             self.starts[slot, begun] = made
@@ -309,7 +309,8 @@ def _readers(kind: Any, starts: Sequence[PromptRecorder], rows: Sequence[int]) -
 def _joined(recorders: Sequence[PromptRecorder]) -> PromptRecorder:
     """One layer's recorders of several slots as one of as many prompts."""
     first = recorders[0]
-    joined = PromptRecorder(mx.array([0] * len(recorders), mx.int32), first.window)
+    joined = PromptRecorder(None, first.window)
+    joined.last_prompt = first.last_prompt
     joined.kv = tuple(mx.concatenate(list(both)) for both in zip(*(r.kv for r in recorders), strict=True))
     joined.variant = mx.concatenate([r.variant for r in recorders if r.variant is not None])
     joined.notes = _concatenated([r.notes for r in recorders])

@@ -7,7 +7,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from ..batch import Batch, Example
+from ..batch import Batch, Completion, Example, Strip
 from .store import Dataset
 
 _POOL_BATCHES = 64  # rows of near length are looked for among this many batches' worth of shuffled rows
@@ -77,14 +77,68 @@ def collate(examples: Sequence[Example], *, width: Callable[[int], int] = same, 
     extras: "row" int32 [R], index of a completion inside its example; of the examples' own numbers, a number becomes
     float32 [P] and a list with one number per completion float32 [R]; NaN where an example has none.
     """
+    prompt = width(max(len(e.prompt) for e in examples))
+    completion = width(max((len(c.tokens) for e in examples for c in e.completions), default=1))
+    return _collated(examples, prompt, completion, lambda trained: width(max(trained, 1)), pad_id)
+
+
+def collate_exact(
+    examples: Sequence[Example],
+    prefix: int,
+    widths: Sequence[int] = (),
+    *,
+    positions: int | None = None,
+    planned: bool = True,
+    pad_id: int = 0,
+) -> Batch:
+    """An exact batch: the first `prefix` tokens of each prompt are shared, the rest stands before its completions.
+
+    prefix: below the length of every prompt. widths: of strips, the first for the half of the completions that is
+    shorter; one: all are side by side; none: one that fits. positions: how many hidden states go to the head.
+    """
+    moved = [_behind(example, prefix) for example in examples]
+    completions = [c.tokens for e in moved for c in e.completions]
+    lengths = np.array([len(tokens) for tokens in completions])
+    widths = widths or (int(lengths.max()),)
+    batch = _collated(moved, prefix + 1, widths[-1], lambda trained: positions or max(trained, 1), pad_id)
+    strips = []
+    if len(widths) > 1:
+        cut = np.argsort(lengths, kind="stable")
+        for rows, columns in zip(halves(cut), widths, strict=True):
+            fed = np.full((len(rows), columns), pad_id, np.int32)
+            for place, row in zip(fed, rows, strict=True):
+                place[: lengths[row]] = [0, *completions[row][:-1]]
+            fed[:, 0] = np.array(batch.prompt)[np.array(batch.row_prompt)[rows], -1]
+            strips.append(Strip(mx.array(np.sort(rows).astype(np.int32)), mx.array(fed[np.argsort(rows)])))
+    lead = mx.array([len(e.prompt) - 1 - prefix for e in examples], mx.int32)
+    return batch._replace(prompt_pad=None, lead=lead, strips=tuple(strips), planned=planned)
+
+
+def halves(order: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """What comes first and the rest, which is one more where it cannot be equal."""
+    return order[: len(order) // 2], order[len(order) // 2 :]
+
+
+def _behind(example: Example, prefix: int) -> Example:
+    """With what comes after the prompt's first `prefix` + 1 tokens in front of each completion, not trained."""
+    rest = example.prompt[prefix + 1 :]
+    no = np.zeros(len(rest), bool)
+    completions = tuple(
+        Completion(np.concatenate([rest, c.tokens]), np.concatenate([no, c.mask])) for c in example.completions
+    )
+    return example._replace(prompt=example.prompt[: prefix + 1], completions=completions)
+
+
+def _collated(
+    examples: Sequence[Example], columns: int, wide: int, positions: Callable[[int], int], pad_id: int
+) -> Batch:
+    """columns of the prompts, columns of the completions, and how many positions there are for so many trained ones."""
     completions = [c for e in examples for c in e.completions]
-    columns = width(max(len(e.prompt) for e in examples))
     prompt = np.full((len(examples), columns), pad_id, np.int32)
     prompt_pad = np.array([columns - len(e.prompt) for e in examples], np.int32)
     for i, example in enumerate(examples):
         prompt[i, prompt_pad[i] :] = example.prompt
-    shape = (len(completions), width(max((len(c.tokens) for c in completions), default=1)))
-    completion, mask = np.full(shape, pad_id, np.int32), np.zeros(shape, bool)
+    completion, mask = np.full((len(completions), wide), pad_id, np.int32), np.zeros((len(completions), wide), bool)
     for i, (tokens, trained) in enumerate(completions):
         completion[i, : len(tokens)] = tokens
         mask[i, : len(tokens)] = trained
@@ -96,16 +150,16 @@ def collate(examples: Sequence[Example], *, width: Callable[[int], int] = same, 
         completion=mx.array(completion),
         row_prompt=mx.array(np.repeat(np.arange(len(examples), dtype=np.int32), sizes)),
         mask=mx.array(mask),
-        positions=mx.array(_positions(mask, width)),
+        positions=mx.array(_positions(mask, positions)),
         extras={name: mx.array(values) for name, values in extras.items()},
     )
 
 
-def _positions(mask: np.ndarray, width: Callable[[int], int]) -> np.ndarray:
+def _positions(mask: np.ndarray, count: Callable[[int], int]) -> np.ndarray:
     """int32 [N]: flat indices of all trained positions, then of untrained ones up to a bucket."""
     flat = mask.reshape(-1)
     trained = np.flatnonzero(flat)
-    spare = max(width(max(len(trained), 1)) - len(trained), 0)
+    spare = max(count(len(trained)) - len(trained), 0)
     # The earliest untrained positions are enough to look through: at most len(trained) of the first are trained.
     untrained = np.flatnonzero(~flat[: len(trained) + spare])[:spare]
     return np.concatenate([trained, untrained]).astype(np.int32)

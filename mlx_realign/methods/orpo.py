@@ -56,7 +56,7 @@ def loss(scores: Scores, batch: Batch, config: Config) -> LossOutput:
     if config.nll_on_prompt:
         assert scores.prompt_logps is not None
         nll = nll + losses.nll(scores.prompt_logps).sum()
-        tokens = tokens + mx.maximum(batch.prompt.shape[1] - 1 - batch.prompt_pad, 0).sum()
+        tokens = tokens + mx.maximum(batch.prompt_lengths - 1, 0).sum()
     ratio = losses.odds_ratio(pair, beta=config.beta)
     if (tied := losses.tied(batch)) is not None:  # a pair of equals counts half in either order
         ratio = (ratio + losses.odds_ratio(pair.swapped(tied), beta=config.beta)) / 2

@@ -19,8 +19,8 @@ import mlx.core as mx
 import numpy as np
 
 from ..errors import UserError
-from ..forward import PromptReader
 from ..policy import Policy
+from ..prompt_caches import Reader
 from ..vectors import Direction
 from ..vectors import load as read_direction
 from .operators import along
@@ -133,7 +133,7 @@ def read(condition: Condition, numbers: dict[str, mx.array], h: mx.array, now: P
 def gate(condition: Condition, now: Pass, block: int, key: str) -> mx.array:
     """float32 [B or 1, 1 or T]: 1 where a row's gate is open at this block, 0 elsewhere."""
     cache, kept = now.place.cache, now.notes.get(key)
-    whole = isinstance(cache, PromptReader) or (cache is None and now.told)
+    whole = isinstance(cache, Reader) or (cache is None and now.told)
     if block < condition.block and whole and now.columns > 1:
         raise UserError(
             f"steer: block {block} comes before block {condition.block}, whose states open the gate, so a text that is "
