@@ -18,7 +18,6 @@ from .progress import duration
 QUICK_S = 5.0  # a first measurement shorter than this is made again: it includes warming up
 SAMPLED_ROWS = 200
 MOST = 64  # shapes whose attention is looked at
-LIGHT = (64, 72, 80, 96, 128, 192, 256, 512)  # head sizes of MLX's kernels for attention's backward pass on a Mac
 
 
 def facts(loop: Any) -> dict[str, Any]:
@@ -80,9 +79,7 @@ def estimate(loop: Any) -> dict[str, Any]:
 def shares(loop: Any) -> dict[str, Any]:
     """How the first epoch's rows will lie on the device of --plan-for; nothing is computed.
 
-    shapes: how many of them; compiled_share of the parts; padding_share of computed tokens; recomputed_share: prompt
-    tokens computed again, relative to real ones; mask_free_share of attention calls, and light_share of them by head
-    size: what MLX's attention on a Mac has a backward pass for without a quadratic array.
+    See `Layout.shares` and `layout.attention`.
     """
     policy, feed, device = loop.policy, loop.feed, loop.settings.plan_for
     exact = policy.exact if device == "here" else device != "cpu"
@@ -122,12 +119,7 @@ def _attention(policy: Any, batches: Sequence[tuple[Batch, int]]) -> dict[str, A
         policy.kernels.attended.clear()
         policy.states(batch)
         met.update({kind: n * count for kind, n in policy.kernels.attended.items()})
-    calls = sum(met.values())
-    if not calls:
-        return {}
-    light = {size: n / calls for (size, kind), n in sorted(met.items()) if kind == "free" and size in LIGHT}
-    free = sum(n for (_, kind), n in met.items() if kind != "array")
-    return {"mask_free_share": free / calls, "light_share": light}
+    return layout.attention(met)
 
 
 def _padded(rows: Dataset, places: np.ndarray) -> int:

@@ -111,6 +111,13 @@ class Feed:
                 micro.batch.extras.update(extras)
                 yield micro
 
+    @property
+    def told(self) -> dict[str, Any]:
+        """Metrics of the last window; where rows lie as on a GPU, also how they have lain so far."""
+        if self.layout is None:
+            return self.measured
+        return self.measured | self.layout.shares() | layout.attention(self.policy.kernels.attended)
+
     def first_epoch(self) -> Iterator[tuple[int, int, Micro]]:
         """The training rows in the batches of the first epoch, without what a window shares."""
         plan = self.plan(0)

@@ -230,7 +230,7 @@ class GroupFeed(Feed):
         for kind in (True, False):
             part: list[Group] = []
             for group in (group for group in groups if bool(group.generated) is kind):
-                if part and (self.layout or not self._fits([*part, group])):
+                if part and not self._fits([*part, group]):
                     yield self._micro(part, place, ratios)
                     part = []
                 part.append(group)
@@ -238,7 +238,9 @@ class GroupFeed(Feed):
                 yield self._micro(part, place, ratios)
 
     def _fits(self, groups: list[Group]) -> bool:
-        """Whether these are one micro-batch, by --batch-size and --batch-tokens."""
+        """Whether these are one micro-batch, by --batch-size and --batch-tokens, and computed together."""
+        if len(self.parts([group.example for group in groups])) > 1:
+            return False
         prompts = [len(group.example.prompt) for group in groups]
         lengths = [len(completion.tokens) for group in groups for completion in group.example.completions]
         padded = len(prompts) * self.width(max(prompts)) + len(lengths) * self.width(max(lengths))

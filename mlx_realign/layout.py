@@ -19,6 +19,7 @@ from . import data
 from .batch import Batch, Completion, Example, Strip
 from .policy import Policy
 
+LIGHT = (64, 72, 80, 96, 128, 192, 256, 512)  # head sizes of MLX's kernels for attention's backward pass on a Mac
 CAP = 32  # shapes; bounded to so many signatures a peer's steps on a Mac became a quarter faster
 RARE = 0.045  # of the calls at most that go without a trace, the largest ones
 SAMPLE = 4096  # rows or batches whose lengths are looked at
@@ -153,6 +154,20 @@ def _holds(shape: Shape, wanted: Need) -> bool:
 def _exactly(wanted: Need) -> Shape:
     widths = tuple(max(n - wanted.prefix, 2) for n in wanted.lengths)  # of one column a recurrence asks for a kernel
     return Shape(wanted.examples, wanted.rows, wanted.prefix, widths, max(wanted.trained, 1))
+
+
+def attention(met: Counter[tuple[int, str]]) -> dict[str, float]:
+    """Of attention calls by head size and kind of mask (`kernels.Switch.attended`).
+
+    mask_free_share: those that need no array. light_share: by head size, those that MLX has a backward pass for on a
+    Mac which keeps no quadratic array.
+    """
+    calls = sum(met.values())
+    if not calls:
+        return {}
+    free = sum(n for (_, kind), n in met.items() if kind != "array")
+    light = {size: n / calls for (size, kind), n in sorted(met.items()) if kind == "free" and size in LIGHT}
+    return {"mask_free_share": free / calls, **{f"light_share/{size}": share for size, share in light.items()}}
 
 
 # ------------------------------------------------------------------ choosing

@@ -234,7 +234,7 @@ class Loop:
             self.proven = True
         self.done, self.tokens = number, self.tokens + tokens
         took, peak = time.perf_counter() - started, mx.get_peak_memory() / 1e9
-        row |= {"learning_rate": rate, **averages(out), **self.feed.measured, "num_tokens": self.tokens}
+        row |= {"learning_rate": rate, **averages(out), **self.feed.told, "num_tokens": self.tokens}
         speed = {"tokens_per_second": tokens / took, "step_s": took, "peak_memory_gb": peak}
         return row | {"epoch": self.feed.epoch_after(number)} | speed
 
