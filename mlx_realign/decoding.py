@@ -262,7 +262,7 @@ class Decoder:
 
     def _prefill(self, rows: list[Row], width: int) -> tuple[list[list[mx.array]], list[dict[str, mx.array]]]:
         """Per layer keys and values [P, Hkv, width, D] and notes [P, ...] of prompts without their last tokens."""
-        at_once, even = max(1, PREFILL_TOKENS // width), self.policy.even
+        at_once, even = max(1, PREFILL_TOKENS // width), self.policy.even or self.policy.exact
         ordered = sorted(range(len(rows)), key=lambda i: len(rows[i].prompt) if even else i)
         parts, notes = [], []
         for some in _cut([rows[i] for i in ordered], at_once, even):
@@ -273,7 +273,7 @@ class Decoder:
                 tokens[i, pad[i] :] = row.prompt[:-1]
             variant = mx.array([row.variant for row in some], mx.int32)
             # Of even prompts only one without any column is padded, by one whose position must not be below 0 either.
-            recorders = record(self.policy.model, mx.array(0 * pad if even else pad), columns, variant)
+            recorders = record(self.policy.model, None if even else mx.array(pad), columns, variant)
             self.policy.body.hidden(mx.array(tokens), recorders)
             wider = [(0, 0), (0, 0), (width - columns, 0), (0, 0)]
             parts.append([[mx.pad(x, wider) for x in recorder.kv] for recorder in recorders])

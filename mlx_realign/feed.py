@@ -60,6 +60,7 @@ class Feed:
         self.rewards = False  # whether `rewarded` is what an evaluation measures
         if policy.exact:
             self.layout = self.laid_out()
+            policy.kernels.attended.clear()
 
     def plan(self, epoch: int) -> list[np.ndarray]:
         """Rows of each micro-batch of an epoch."""
