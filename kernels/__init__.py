@@ -12,10 +12,11 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from . import attention, gated_delta, plain_gradient, swiglu
+from . import attention, banded_attention, gated_delta, plain_gradient, swiglu
+from .banded_attention import Band
 from .switch import Switch
 
-__all__ = ["Switch", "install"]
+__all__ = ["Band", "Switch", "install"]
 
 SWITCH = "_switch"  # attribute of the model
 TOLERANCE = 1e-5  # relative to the largest entry, values and gradients, float32
@@ -138,7 +139,7 @@ def _swiglu_of(switch: Switch, stock: Callable[..., mx.array], fused: Callable[.
 def _attention_of(
     switch: Switch, stock: Callable[..., mx.array], fused: Callable[..., mx.array] | None
 ) -> Callable[..., mx.array]:
-    """As mlx-lm calls it. Needed on every device: rows that share a prompt bring their own attention."""
+    """As mlx-lm calls it. Needed on every device: rows that share a prompt bring attention, and bands, of their own."""
 
     def scaled_dot_product_attention(
         queries: mx.array,
@@ -150,11 +151,17 @@ def _attention_of(
         sinks: mx.array | None = None,
     ) -> mx.array:
         if queries.shape[2] > 1:  # not a step of decoding
-            kind = "array" if isinstance(mask, mx.array) else "sinks" if sinks is not None else "free"
+            kind = "band" if isinstance(mask, Band) else "array" if isinstance(mask, mx.array) else "free"
+            kind = "sinks" if sinks is not None and kind == "free" else kind
             switch.attended[queries.shape[3], kind] += 1
         lent = getattr(keys, "attend", None)  # keys of a layer that lends them
         if attend := getattr(cache, "attend", None) or lent:
             return attend(queries, scale=scale, mask=mask, sinks=sinks)
+        if isinstance(mask, Band):
+            attend_blocks = fused if switch.on else None
+            return banded_attention.fused(
+                queries, keys, values, scale=scale, mask=mask, sinks=sinks, attend=attend_blocks
+            )
         if fused is None or not switch.on or hasattr(cache, "bits"):  # a quantised cache holds tuples
             return stock(queries, keys, values, cache, scale, mask, sinks)
         return fused(queries, keys, values, scale=scale, mask=mask, sinks=sinks)

@@ -96,7 +96,7 @@ def shared(model: nn.Module, hidden: Hidden, batch: Batch) -> States:
     """With every prompt computed once."""
     width = batch.prompt.shape[1] - 1
     if not width and batch.prompt_pad is None:
-        return _rows(hidden, batch)
+        return _rows(model, hidden, batch)
     if not width:  # the last tokens begin the rows: there is nothing before them to share
         return plain(model, hidden, batch)
     recorders = record(model, batch.prompt_pad, width, lead=batch.lead)
@@ -108,11 +108,15 @@ def shared(model: nn.Module, hidden: Hidden, batch: Batch) -> States:
     return States(_completions(batch, run), ahead)
 
 
-def _rows(hidden: Hidden, batch: Batch) -> States:
+def _rows(model: nn.Module, hidden: Hidden, batch: Batch) -> States:
     """Of an exact batch that shares nothing: every row begins with its text's first token."""
+    shortest = min((window for window in windows(model) if window), default=None)
 
     def run(strip: Strip) -> mx.array:
-        with taps.tell(last_prompt=batch.ahead[batch.row_prompt][strip.rows]):
+        last, width = batch.ahead[batch.row_prompt][strip.rows], strip.tokens.shape[1]
+        if shortest is not None and shortest < width:  # ours say "band" where mlx-lm makes an array
+            return hidden(strip.tokens, record(model, None, 0, lead=last))
+        with taps.tell(last_prompt=last):
             return hidden(strip.tokens)
 
     found = _completions(batch, run)
@@ -160,7 +164,7 @@ def even_parts(batch: Batch) -> list[tuple[Batch, np.ndarray, np.ndarray]]:
 def plain(model: nn.Module, hidden: Hidden, batch: Batch) -> States:
     """With each row computed alone: prompt and completion in a row, padded on the right."""
     if batch.prompt_pad is None and batch.prompt.shape[1] == 1:
-        return _rows(hidden, batch)
+        return _rows(model, hidden, batch)
     width, rows = batch.prompt.shape[1], batch.completion.shape[0]
     pad = batch.pad[batch.row_prompt][:, None]
     length = batch.completion.shape[1]
@@ -251,7 +255,7 @@ def _checkpointed(base: type) -> type:
             if decoding or not self.recomputed:
                 return base.__call__(self, *args, **kwargs)  # decoding keeps its own cache
             object.__setattr__(self, "ran", True)
-            cache: Any = caches[0] if caches else None
+            cache: Any = next(iter(caches), None)
             recording = isinstance(cache, PromptRecorder) or type(cache) is StateRecorder
             given: list[mx.array] = []  # what comes from below: the stream, keys and values that a layer is lent
 
@@ -275,14 +279,14 @@ def _checkpointed(base: type) -> type:
                 with balance.listening() as heard:
                     out = base.__call__(self, *args, **kwargs)
                 self.update(kept)
-                kept_kv = own.kv if recording and own is not None else ()
+                kept_kv = own.kv if recording else ()
                 if isinstance(out, tuple):  # it may hold them too, and an array that is given twice gets one gradient
                     kept_kv = tuple(mx.contiguous(x) for x in kept_kv)
                 return out, kept_kv, tuple(heard)
 
             kv = cache.kv if cache is not None and not recording else ()
             out, kv, heard = mx.checkpoint(run)(self.trainable_parameters(), given, *kv)
-            if recording:
+            if recording and cache is not None:
                 cache.kv = kv
             balance.tell(heard)
             return out

@@ -160,14 +160,15 @@ def attention(met: Counter[tuple[int, str]]) -> dict[str, float]:
     """Of attention calls by head size and kind of mask (`kernels.Switch.attended`).
 
     mask_free_share: those that need no array. light_share: by head size, those that MLX has a backward pass for on a
-    Mac which keeps no quadratic array.
+    Mac which keeps no quadratic array. banded_share: those with a window, in memory of row times window.
     """
     calls = sum(met.values())
     if not calls:
         return {}
-    free = sum(n for (_, kind), n in met.items() if kind != "array")
+    free, banded = (sum(n for (_, kind), n in met.items() if kind in kinds) for kinds in (("free", "sinks"), ("band",)))
     light = {size: n / calls for (size, kind), n in sorted(met.items()) if kind == "free" and size in LIGHT}
-    return {"mask_free_share": free / calls, **{f"light_share/{size}": share for size, share in light.items()}}
+    told = {"mask_free_share": free / calls} | ({"banded_share": banded / calls} if banded else {})
+    return told | {f"light_share/{size}": share for size, share in light.items()}
 
 
 # ------------------------------------------------------------------ choosing

@@ -14,6 +14,8 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.cache import ArraysCache, make_prompt_cache
 
+from .kernels import Band
+
 Mask = mx.array | str | None
 
 
@@ -133,13 +135,14 @@ def _hand_on(recorder: Recorder, reader: Reader, rows: mx.array) -> None:
 
 
 def _mask(start: int, n: int, pad: mx.array | None, window: int | None, array: bool) -> Mask:
-    """Nothing or "causal" where that says all; else bool [n, start + n], with padding [rows, 1, n, start + n].
+    """Nothing, "causal" or a band where that says all; else bool [n, start + n], with padding [rows, 1, n, start + n].
 
     True = may look: causal, no pad column, within the window. Pad queries look at themselves, so that no row of the
     softmax is empty.
     """
-    if pad is None and (window is None or start + n <= window) and not array:
-        return "causal" if n > 1 else None
+    if pad is None and not array and (n > 1 or window is None or start + n <= window):
+        short = window is not None and start + n > window
+        return Band(window) if short else "causal" if n > 1 else None  # pyright: ignore[reportArgumentType]
     query, key = mx.arange(start, start + n)[:, None], mx.arange(start + n)[None]
     seen = query >= key
     if window is not None:

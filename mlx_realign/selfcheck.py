@@ -164,7 +164,7 @@ def probe(vocabulary: int) -> Batch:
 def _measure(policy: Policy, batch: Batch) -> dict[str, mx.array]:
     """Log-probs and gradients of a weighted sum of them; adapters start at zero, so theirs are nudged for the check.
 
-    Where runs lay their rows out exactly, prompts are shared in that way.
+    Where runs lay their rows out exactly, so are the probe's.
     """
     batch.extras["weights"] = weights_of(batch)
 
@@ -172,8 +172,8 @@ def _measure(policy: Policy, batch: Batch) -> dict[str, mx.array]:
         total = (scores.logps * part.extras["weights"]).sum()
         return LossOutput(total, mx.array(1.0), {"logps": (scores.logps, mx.array(1.0))})
 
-    exact = policy.exact and policy.sharing
-    parts = [_exact(batch, p) for p in range(batch.prompt.shape[0])] if exact else [batch]
+    exact = policy.exact
+    parts = [_exact(batch, p, policy.sharing) for p in range(batch.prompt.shape[0])] if exact else [batch]
     logps, grads = [], {}
     with nudged(policy.model):
         for part in parts:
@@ -192,14 +192,15 @@ def _measure(policy: Policy, batch: Batch) -> dict[str, mx.array]:
     return {"log-probs": found, **{f"the gradient of {k}": v for k, v in slopes}}
 
 
-def _exact(batch: Batch, prompt: int) -> Batch:
-    """A prompt of the probe with its completions as a run on a GPU lays them out: its last tokens are not shared."""
+def _exact(batch: Batch, prompt: int, sharing: bool) -> Batch:
+    """A prompt of the probe with its completions as a run on a GPU lays them out: not all of its tokens are shared."""
     rows = np.flatnonzero(np.array(batch.row_prompt) == prompt)
     tokens, mask, weights = (np.array(x)[rows] for x in (batch.completion, batch.mask, batch.extras["weights"]))
     own = [row[kept] for row, kept in zip(tokens, mask, strict=True)]
     text = np.array(batch.prompt)[prompt, int(np.array(batch.pad)[prompt]) :]
     completions = tuple(Completion(one, np.ones(len(one), bool)) for one in own)
-    prefix, lengths = len(text) - 3, sorted(2 + len(one) for one in own)
+    prefix = len(text) - 3 if sharing else 0
+    lengths = sorted(len(text) - 1 - prefix + len(one) for one in own)
     widths = (lengths[len(own) // 2 - 1], lengths[-1]) if len(own) > 1 else (lengths[-1],)
     part = data.collate_exact([Example(text, completions, 0, "", {})], prefix, widths)
     part.extras["weights"] = placed(part, [row[kept] for row, kept in zip(weights, mask, strict=True)])

@@ -14,6 +14,7 @@ from policy_tools import make_model, make_policy
 
 from mlx_realign import data, forward, layout, taps
 from mlx_realign.batch import Batch, Completion, Example, LossOutput, Scores, taken
+from mlx_realign.kernels import banded_attention
 from mlx_realign.policy import Policy
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
@@ -119,7 +120,7 @@ def test_attention_takes_no_array_where_no_window_bites():
         windowed = make_policy(make_model("mistral", sliding_window=window))
         windowed.kernels.attended.clear()
         windowed.states(exact(EXAMPLES[3], 16))
-        assert ("array" in {kind for _, kind in windowed.kernels.attended}) == (window == 8)
+        assert ("band" in {kind for _, kind in windowed.kernels.attended}) == (window == 8)
 
 
 def test_prompts_in_two_pieces_have_all_their_log_probs():
@@ -200,3 +201,39 @@ def test_lengths_that_never_vary_are_one_shape_without_padding():
     for one in found:
         made.note(made.need([one]))
     assert made.shares() == {"shapes": 1, "compiled_share": 1, "padding_share": 0, "recomputed_share": 0}
+
+
+# ------------------------------------------------------------------ windows
+
+
+@pytest.mark.parametrize(("length", "keys", "window"), [(70, 200, 16), (100, 100, 7), (33, 150, 20), (10, 500, 16)])
+@pytest.mark.parametrize("sinks", [False, True])
+def test_attention_in_blocks_is_attention_with_the_whole_mask(length: int, keys: int, window: int, sinks: bool):
+    shapes = [(2, 4, length, 8), (2, 2, keys, 8), (2, 2, keys, 8), (4,)]
+    arrays = [mx.random.normal(shape, key=mx.random.key(i)) for i, shape in enumerate(shapes)]
+    weight = mx.random.normal(shapes[0], key=mx.random.key(9))
+
+    def value(function: Any) -> Any:
+        def run(q: mx.array, k: mx.array, v: mx.array, sink: mx.array) -> mx.array:
+            own = sink if sinks else None
+            return (function(q, k, v, scale=0.3, mask=banded_attention.Band(window), sinks=own) * weight).sum()
+
+        return mx.value_and_grad(run, argnums=(0, 1, 2))(*arrays)
+
+    (found, slopes), (expected, theirs) = value(banded_attention.fused), value(banded_attention.reference)
+    assert abs(found.item() - expected.item()) <= 1e-5 * float(mx.abs(weight).sum())
+    assert max(mx.abs(a - b).max().item() for a, b in zip(slopes, theirs, strict=True)) <= 1e-5
+
+
+def test_a_window_needs_no_array_of_the_whole_row():
+    """The largest array of attention's scores grows with the row, not with its square."""
+    sizes = []
+    for length in (512, 1024):
+        q, k, v = (mx.random.normal((1, 2, length, 8), key=mx.random.key(i)) for i in range(3))
+        band = banded_attention.Band(32)
+        loss = lambda q, k, v, band=band: banded_attention.fused(q, k, v, scale=0.3, mask=band).sum()  # noqa: E731
+        mx.eval(q, k, v)
+        mx.reset_peak_memory()
+        mx.eval(mx.grad(loss, argnums=(0, 1, 2))(q, k, v))
+        sizes.append(mx.get_peak_memory() - mx.get_active_memory())
+    assert sizes[1] <= 2.5 * sizes[0]
