@@ -84,13 +84,18 @@ def shares(loop: Any) -> dict[str, Any]:
     policy, feed, device = loop.policy, loop.feed, loop.settings.plan_for
     exact = policy.exact if device == "here" else device != "cpu"
     if not exact:
-        return _padded_shares(loop)
+        return _rounded(_padded_shares(loop))
     found = layout.Layout((feed.layout or feed.laid_out()).shapes, **layout.options(policy))
     for wanted in feed.needs(found):
         found.note(wanted)
     compiled = loop.settings.compile != "off"
     told = found.shares() | ({} if compiled else {"compiled_share": 0.0})
-    return told | _attention(policy, [(layout.blank(shape), count) for shape, count in found.used.most_common(MOST)])
+    batches = [(layout.blank(shape), count) for shape, count in found.used.most_common(MOST)]
+    return _rounded(told | _attention(policy, batches))
+
+
+def _rounded(told: dict[str, Any]) -> dict[str, Any]:
+    return {name: round(value, 4) for name, value in told.items()}
 
 
 def _padded_shares(loop: Any) -> dict[str, Any]:

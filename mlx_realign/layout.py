@@ -216,7 +216,8 @@ def spread(found: Sequence[np.ndarray], most: int = SAMPLE) -> list[np.ndarray]:
 def choose(needs: Sequence[Need], cap: int = CAP) -> list[Shape]:
     """At most `cap` shapes that hold all needs but for a few of the largest, with little padding and repetition.
 
-    Begins with a shape for each, rounded, and makes one of the two whose merging adds least, until few are left.
+    Begins with a shape for each, rounded where these are too many, and makes one of the two whose merging adds least,
+    until few are left.
     """
     if not needs:
         return []
@@ -225,14 +226,12 @@ def choose(needs: Sequence[Need], cap: int = CAP) -> list[Shape]:
     table = np.array(
         [[kind, n.prefix, n.lengths[0], n.lengths[-1], n.trained] for kind, n in zip(of, needs, strict=True)]
     )
-    step = STEP
-    while True:
-        rounded = _rounded(table, step)
-        items, counts = np.unique(rounded[:, :4], axis=0, return_counts=True)
-        if len(items) <= ITEMS:
-            break
+    rounded, step = table, 0
+    while len(items := np.unique(rounded[:, :4], axis=0)) > (ITEMS if step else cap):
         step += STEP
-    which = np.unique(rounded[:, :4], axis=0, return_inverse=True)[1].reshape(-1)
+        rounded = _rounded(table, step)
+    items, which, counts = np.unique(rounded[:, :4], axis=0, return_inverse=True, return_counts=True)
+    which = which.reshape(-1)
     trained = np.zeros(len(items), int)
     np.maximum.at(trained, which, table[:, 4])
     if len(items) > cap:
