@@ -7,7 +7,7 @@ without padding. Plain: one right-padded row per completion. All return hidden s
 tokens and those that predict the prompts' own; the head is applied elsewhere, in chunks, to those that are asked for.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -16,17 +16,17 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_map
-from mlx_lm.models.cache import ArraysCache, KVCache, RotatingKVCache, make_prompt_cache
+from mlx_lm.models.cache import ArraysCache, CacheList, KVCache, RotatingKVCache, make_prompt_cache
 
 from . import balance, calls, taps
 from .batch import Batch, Strip
 from .errors import said
-from .prompt_caches import PromptReader, PromptRecorder, StateRecorder, read, record, window_of
+from .prompt_caches import PromptReader, PromptRecorder, StateReader, StateRecorder, read, record, window_of
 
 STOPS = "the model's code stops there"
-STATES = (ArraysCache,)
 BY_LENGTH = ("DynamicNTKScalingRoPE",)  # in mlx-lm: they scale positions by how far the pass that they see goes
-OURS = (PromptRecorder, PromptReader, StateRecorder)  # caches that are not decoded with
+READERS = (PromptReader, StateReader)
+RECORDERS = (PromptRecorder, StateRecorder)  # these and readers are caches that are not decoded with
 WINDOW = 4  # attention windows are shrunk to this for a check, so that a short prompt is longer than them
 WINDOWS = "window window_size sliding_window sliding_window_size attention_window_size loop_window_size".split()
 WINDOWS += ["attention_chunk_size"]
@@ -46,7 +46,7 @@ def shareable(model: nn.Module, *, padded: bool) -> str | None:
 
     padded: with padding before them, which is no part of keys and values alone.
     """
-    kinds = {type(entry) for entry in make_prompt_cache(model)} - {KVCache, RotatingKVCache, *STATES}
+    kinds = {type(entry) for entry in calls.caches(make_prompt_cache(model))} - {KVCache, RotatingKVCache, ArraysCache}
     if kinds:
         return f"its cache holds {', '.join(sorted(kind.__name__ for kind in kinds))}"
     if any(type(module).__name__ in BY_LENGTH for module in model.modules()):
@@ -65,7 +65,12 @@ def shareable(model: nn.Module, *, padded: bool) -> str | None:
 
 def stateful(model: nn.Module) -> bool:
     """Whether some layers sum up all tokens in a state, which padding before a prompt would be part of."""
-    return any(isinstance(entry, ArraysCache) for entry in make_prompt_cache(model))
+    return any(isinstance(entry, ArraysCache) for entry in calls.caches(make_prompt_cache(model)))
+
+
+def several(model: nn.Module) -> bool:
+    """Whether some layers have more than one cache."""
+    return any(isinstance(entry, CacheList) for entry in make_prompt_cache(model))
 
 
 def windows(model: nn.Module) -> list[int | None]:
@@ -251,12 +256,11 @@ def _checkpointed(base: type) -> type:
 
         def __call__(self, *args: Any, **kwargs: Any) -> Any:
             caches = list(calls.caches(*args, *kwargs.values()))
-            decoding = any(not isinstance(cache, OURS) for cache in caches)
+            decoding = any(not isinstance(cache, (*READERS, *RECORDERS)) for cache in caches)
             if decoding or not self.recomputed:
                 return base.__call__(self, *args, **kwargs)  # decoding keeps its own cache
             object.__setattr__(self, "ran", True)
-            cache: Any = next(iter(caches), None)
-            recording = isinstance(cache, PromptRecorder) or type(cache) is StateRecorder
+            recording = any(isinstance(cache, RECORDERS) and not isinstance(cache, READERS) for cache in caches)
             given: list[mx.array] = []  # what comes from below: the stream, keys and values that a layer is lent
 
             def place(value: Any) -> Any:
@@ -268,10 +272,12 @@ def _checkpointed(base: type) -> type:
             left_out = tree_map(place, (args, kwargs))
 
             def run(parameters: dict[str, Any], given: list[mx.array], *kv: mx.array) -> tuple[Any, ...]:
-                own = _copy(cache, kv)
+                own = _copies(caches, [] if recording else kv)
 
                 def swap(value: Any) -> Any:
-                    return given[value.index] if isinstance(value, _Given) else own if value is cache else value
+                    if isinstance(value, CacheList):
+                        return CacheList(*map(swap, value.caches))
+                    return given[value.index] if isinstance(value, _Given) else own.get(id(value), value)
 
                 args, kwargs = tree_map(swap, left_out)
                 kept = self.trainable_parameters()
@@ -279,15 +285,15 @@ def _checkpointed(base: type) -> type:
                 with balance.listening() as heard:
                     out = base.__call__(self, *args, **kwargs)
                 self.update(kept)
-                kept_kv = own.kv if recording else ()
+                kept_kv = [cache.kv for cache in own.values()] if recording else []
                 if isinstance(out, tuple):  # it may hold them too, and an array that is given twice gets one gradient
-                    kept_kv = tuple(mx.contiguous(x) for x in kept_kv)
+                    kept_kv = tree_map(mx.contiguous, kept_kv)
                 return out, kept_kv, tuple(heard)
 
-            kv = cache.kv if cache is not None and not recording else ()
-            out, kv, heard = mx.checkpoint(run)(self.trainable_parameters(), given, *kv)
-            if recording and cache is not None:
-                cache.kv = kv
+            lent = [] if recording else [x for cache in caches for x in cache.kv]
+            out, kv, heard = mx.checkpoint(run)(self.trainable_parameters(), given, *lent)
+            for cache, kept in zip(caches, kv, strict=False):
+                cache.kv = tuple(kept)
             balance.tell(heard)
             return out
 
@@ -295,13 +301,15 @@ def _checkpointed(base: type) -> type:
     return Checkpointed
 
 
-def _copy(cache: Any, kv: tuple[mx.array, ...]) -> Any:
-    if cache is None:
-        return None
-    own = object.__new__(type(cache))
-    own.__dict__.update(cache.__dict__)
-    own.kv = kv
-    return own
+def _copies(caches: Sequence[Any], kv: Sequence[mx.array]) -> dict[int, Any]:
+    """Of each cache another one by its id, with its share of these arrays."""
+    found, left = {}, list(kv)
+    for cache in caches:
+        own = object.__new__(type(cache))
+        own.__dict__.update(cache.__dict__)
+        own.kv = tuple(left.pop(0) for _ in cache.kv) if left else ()
+        found[id(cache)] = own
+    return found
 
 
 @contextmanager

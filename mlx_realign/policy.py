@@ -50,7 +50,7 @@ class Policy:
         _refuse_second(self.model)
         with loading.one_line(name, self.config):
             self.sharing, self.even = self.shares()
-            self.stateful = forward.stateful(self.model)
+            self.stateful = forward.stateful(self.model) or forward.several(self.model)  # its caches are mlx-lm's own
             self.model.freeze()
             self.kernels = install(self.model)
         self.notes += self.kernels.notes

@@ -12,7 +12,7 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx_lm.models.cache import ArraysCache, make_prompt_cache
+from mlx_lm.models.cache import ArraysCache, CacheList, make_prompt_cache
 
 from .kernels import Band
 
@@ -103,23 +103,28 @@ def record(
 
     lead: int32 [P], how many further tokens of each prompt come behind them in the rows, its last one not counted.
     """
-    entries = make_prompt_cache(model)
-    recorders = [
-        StateRecorder(len(one.cache)) if isinstance(one, ArraysCache) else PromptRecorder(pad, window_of(one))
-        for one in entries
-    ]
     last = mx.array([width]) if pad is None else width - pad
-    for recorder in recorders:
+
+    def make(entry: Any) -> Any:
+        if isinstance(entry, CacheList):
+            return CacheList(*map(make, entry.caches))
+        stateful = isinstance(entry, ArraysCache)
+        recorder = StateRecorder(len(entry.cache)) if stateful else PromptRecorder(pad, window_of(entry))
         recorder.last_prompt, recorder.variant = last if lead is None else last + lead, variant
-    return recorders
+        return recorder
+
+    return [make(entry) for entry in make_prompt_cache(model)]
 
 
-def read(recorders: Sequence[Recorder], rows: mx.array, width: int) -> list[Any]:
+def read(recorders: Sequence[Any], rows: mx.array, width: int) -> list[Any]:
     """Readers for completions of what was recorded of `width` columns; rows: int32 [r], the prompt of each."""
-    return [
-        PromptReader(one, rows) if isinstance(one, PromptRecorder) else StateReader(one, rows, width)
-        for one in recorders
-    ]
+
+    def make(one: Any) -> Any:
+        if isinstance(one, CacheList):
+            return CacheList(*map(make, one.caches))
+        return PromptReader(one, rows) if isinstance(one, PromptRecorder) else StateReader(one, rows, width)
+
+    return [make(one) for one in recorders]
 
 
 def window_of(entry: Any) -> int | None:

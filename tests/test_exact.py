@@ -62,7 +62,7 @@ def summed(policy: Policy, batches: list[Batch], loss: Callable[..., LossOutput]
     return found
 
 
-@pytest.mark.parametrize("arch", ["llama", "gemma2", "gemma3_text", "gpt_oss", "lfm2", "mamba2"])
+@pytest.mark.parametrize("arch", ["llama", "gemma2", "gemma3_text", "gpt_oss", "lfm2", "mamba2", "falcon_h1"])
 @pytest.mark.parametrize("checkpointed", [False, True])
 def test_log_probs_and_gradients_are_those_of_each_row_alone(arch: str, checkpointed: bool):
     policy = make_policy(arch)

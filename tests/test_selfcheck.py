@@ -149,8 +149,8 @@ def test_a_head_made_of_two_is_not_taken_apart():
 
 def test_wrong_checkpointing_is_found_and_switched_off(monkeypatch: pytest.MonkeyPatch):
     """Keys and values that reach a layer by the back door get no gradient from a recomputed one."""
-    right = forward._copy
-    monkeypatch.setattr(forward, "_copy", lambda cache, kv: right(cache, tuple(mx.stop_gradient(x) for x in kv)))
+    right = forward._copies
+    monkeypatch.setattr(forward, "_copies", lambda caches, kv: right(caches, [mx.stop_gradient(x) for x in kv]))
     policy = make_policy("llama")
     forward.checkpoint_layers(policy.model)
     checks = selfcheck.run(policy)
