@@ -12,13 +12,11 @@ from mlx.utils import tree_flatten, tree_map
 
 from . import forward, taps
 from .batch import Batch, LossOutput
+from .kernels.experts import LOOKS
 
 Differentiate = Callable[[Batch, Any], tuple[LossOutput, dict[str, Any]]]
 
 NOTE = "steps are not compiled: this model looks at its numbers while it computes (which experts a token takes, say)"
-
-
-LOOKS = "Attempting to eval"  # in what MLX raises then
 
 
 class LooksAtNumbers(Exception):
