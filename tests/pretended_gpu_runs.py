@@ -80,10 +80,11 @@ def main(named: str, *runs: str) -> int:
     pretended_gpu.begin()
     arch = pretended_gpu.configured(named)
     import grid_models
+    from train_tools import cache
 
     from mlx_realign import cli
 
-    with tempfile.TemporaryDirectory() as name:
+    with tempfile.TemporaryDirectory() as name, cache(Path(name) / "cache"):
         folder = Path(name)
         model = grid_models.write_folder(folder / arch, arch)
         write_data(folder)
