@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +73,7 @@ def test_recurrences_experts_and_states_are_right_where_a_gpu_is_believed_in():
         assert QUICK[row["arch"]] <= set(row["kernels"]), f"{row['arch']} met {row['kernels']}"
 
 
-def hold_runs(named: str, runs: list[str]) -> Counter[str]:
+def hold_runs(named: str, runs: Sequence[str]) -> Counter[str]:
     """The commands end well and teach something; kernels that they met."""
     rows = pretended(named, *runs, script="pretended_gpu_runs.py", sign="=> ")
     assert [(row["run"], row["code"], row["raised"]) for row in rows] == [(run, 0, "") for run in runs]
