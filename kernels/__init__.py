@@ -7,12 +7,13 @@
 import os
 from collections.abc import Callable
 from functools import cache
+from types import SimpleNamespace
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 
-from . import attention, banded_attention, gated_delta, plain_gradient, swiglu
+from . import attention, banded_attention, experts, gated_delta, plain_gradient, swiglu
 from .banded_attention import Band
 from .switch import Switch
 
@@ -44,6 +45,7 @@ def install(model: Any) -> Switch:
     if gated:
         switch.put(activations.swiglu, _swiglu_of(switch, activations.swiglu, gated))
     _recurrent(switch, model.modules())
+    _experts(switch, model.modules())
     switch.take(model)
     switch.put_back(plain_gradient.set_modes(model))
     return switch
@@ -65,6 +67,36 @@ def _recurrent(switch: Switch, modules: list[Any]) -> None:
         switch.put(stock, gated_delta.of(lambda: switch.on, stock, chunks=trouble is None, fast=fast))
     if stock := held.get("wkv7_kernel"):
         switch.put(stock, plain_gradient.wkv7(stock))
+
+
+def _experts(switch: Switch, modules: list[Any]) -> None:
+    """A block of experts that calls them token by token."""
+    for kind in {type(module) for module in modules}:
+        if kind.__module__.endswith(".dbrx") and kind.__name__ == "SparseMoeBlock":
+            if trouble := _experts_apart():
+                switch.notes.append(f"kernel experts: {trouble}; mlx-lm's loop over tokens is used")
+            else:
+                switch.put(kind.__call__, experts.of(lambda: switch.on, kind.__call__))
+
+
+@cache
+def _experts_apart() -> str | None:
+    """Both forms against mlx-lm's in training mode: tokens, the router's weights and those of the experts."""
+    from mlx_lm.models import dbrx
+
+    def bound(run: Callable[..., mx.array]) -> Callable[..., mx.array]:
+        def outputs(x: mx.array, router: mx.array, weights: mx.array) -> mx.array:
+            block = SimpleNamespace(num_experts_per_tok=2, training=True, router=lambda x: x @ router)
+            block.experts = [lambda x, w=w: mx.tanh(x @ w) for w in weights]
+            return run(block, x)
+
+        return outputs
+
+    for form in (experts.by_expert, experts.dense):
+        ours = bound(lambda block, x, form=form: form(block.experts, x, *experts.routed(block, x)))
+        if trouble := _differs(ours, bound(dbrx.SparseMoeBlock.__call__), [(5, 8), (8, 6), (6, 8, 8)]):
+            return trouble
+    return None
 
 
 @cache

@@ -2,8 +2,9 @@
 """Functions exchanged in the modules of one model, and nowhere else.
 
 A module's class is swapped for a subclass with copies of those methods that call one of the functions: the same code,
-but with globals in which its name means ours. A function is known by what it is, never by its name: other models have
-functions of the same name with another meaning. Parameter paths stay, and the original classes are never touched.
+but with globals in which its name means ours. A method that is one of the functions is ours itself. A function is known
+by what it is, never by its name: other models have functions of the same name with another meaning. Parameter paths
+stay, and the original classes are never touched.
 """
 
 from collections import Counter
@@ -100,7 +101,10 @@ class Switch:
         return made
 
     def _with_ours(self, function: FunctionType) -> FunctionType | None:
-        """A copy of a function that calls ours, itself or through functions beside it; None where it calls none."""
+        """Ours, or a copy of a function that calls ours, itself or by functions beside it; None where it calls none."""
+        for original, ours in self._put:
+            if function is original:
+                return ours  # type: ignore[return-value]
         if new := self._found(function):
             return _exchanged(function, new)
         return None

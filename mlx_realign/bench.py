@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A model's decoder blocks side by side, each fed with states of its own, its layers made to give what one likes."""
 
+import re
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from typing import Any
@@ -80,9 +81,15 @@ class Bench:
 
     @property
     def experts(self) -> set[str]:
-        """Layers that see the tokens routed to them only: all experts in one, or one module for each."""
+        """Layers that see the tokens routed to them only: all experts in one, or one module for each.
+
+        One may be given every token; then another of its block is given none.
+        """
         apart = {path for path, y in self.heard.items() if y.size != TOKENS * self.width}
         families = {_family(path) for path in apart}
+        inside = {p for p, b in self.block_of.items() if re.search(r"\.\d+\.", p.removeprefix(self.blocks[b]))}
+        idle, busy = ({_family(p) for p in inside if (p in self.heard) is called} for called in (False, True))
+        families |= idle & busy
         return {path for path in self.block_of if path in apart or _family(path) in families}
 
     def groups(self, block: int) -> list[tuple[str, ...]]:

@@ -12,6 +12,7 @@ from mlx.utils import tree_flatten, tree_map
 
 from . import forward, taps
 from .batch import Batch, LossOutput
+from .kernels.experts import LOOKS
 
 Differentiate = Callable[[Batch, Any], tuple[LossOutput, dict[str, Any]]]
 
@@ -19,8 +20,6 @@ NOTE = "steps are not compiled: this model looks at its numbers while it compute
 
 
 MOST = 64  # traces of a loss: they are never given back, and hold buffers of which a GPU has so many
-
-LOOKS = "Attempting to eval"  # in what MLX raises then
 
 
 class LooksAtNumbers(Exception):

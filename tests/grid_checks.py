@@ -29,7 +29,7 @@ from grid_models import (
 )
 from policy_tools import gap
 
-from mlx_realign import adapter, data, forward, selfcheck, vectors, writers
+from mlx_realign import adapter, compiled, data, forward, selfcheck, vectors, writers
 from mlx_realign.ablation import edit, variants
 from mlx_realign.batch import Batch, LossOutput, Scores
 from mlx_realign.config import TrainSettings
@@ -282,8 +282,9 @@ CHECKS = [
 
 
 def measure(arch: str, folder: Path) -> dict[str, Any]:
-    """{"way": how rows are computed, "notes": lines of the load-time check, "cells": {name of a check: Cell}}."""
-    found: dict[str, Any] = {"way": "", "notes": [], "cells": {}}
+    """{"way": how rows are computed, "notes": lines of the load-time check, "cells": {name of a check: Cell},
+    "traced": whether its steps can be compiled}."""
+    found: dict[str, Any] = {"way": "", "notes": [], "cells": {}, "traced": None}
     cells: dict[str, Cell] = found["cells"]
     made: list[Case] = []
     with warnings.catch_warnings():
@@ -293,7 +294,8 @@ def measure(arch: str, folder: Path) -> dict[str, Any]:
             found["cells"] = {check.name: trouble for check in CHECKS if check.run is not gradient_alone}
             return found
         (case,) = made
-        found |= {"way": _way(case.policy), "notes": [*case.checks.notes]}
+        traced = compiled.traceable(case.model, case.policy.body.hidden, case.batch.prompt)
+        found |= {"way": _way(case.policy), "notes": [*case.checks.notes], "traced": traced}
         for check in CHECKS:
             cell = _cell(lambda run=check.run: run(case), folder)
             if cell is not None:

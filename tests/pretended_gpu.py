@@ -133,6 +133,16 @@ PLAIN: dict[str, Callable[..., Any]] = {
 }
 
 
+def configured(named: str) -> str:
+    """The architecture of the grid in `name,key=value,...`, these settings in its config."""
+    import grid_models
+
+    arch, *own = named.split(",")
+    settings = dict(setting.split("=") for setting in own)
+    grid_models.CONFIGS["models"][arch] |= {key: json.loads(value) for key, value in settings.items()}
+    return arch
+
+
 def main(architectures: list[str]) -> int:
     """Measure architectures of the grid; a JSON row each."""
     begin()
@@ -141,9 +151,7 @@ def main(architectures: list[str]) -> int:
 
     grid_models.elsewhere = off
     for named in architectures:
-        arch, *own = named.split(",")
-        settings = dict(setting.split("=") for setting in own)
-        grid_models.CONFIGS["models"][arch] |= {key: json.loads(value) for key, value in settings.items()}
+        arch = configured(named)
         met.clear()
         with tempfile.TemporaryDirectory() as folder:
             found = measure(arch, Path(folder) / arch)

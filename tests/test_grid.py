@@ -17,9 +17,9 @@ from grid_table import COLUMNS, PAGE, verdict
 
 # One of each kind: plain, norms of queries, windows and caps, sinks and experts, latent attention, linear attention,
 # states, convolutions, parts of several kinds, chunks, layers without attention, parallel blocks, positions that scale,
-# lent keys, learned positions.
+# lent keys, learned positions, experts that are modules.
 QUICK = """llama qwen3 gemma3 gemma4 gpt_oss deepseek_v3 kimi_linear qwen3_next mamba2 nemotron_h jamba rwkv7 falcon_h1
-lfm2 llama4 nemotron-nas gptj ministral3 afm7 gpt2""".split()
+lfm2 llama4 nemotron-nas gptj ministral3 afm7 gpt2 dbrx""".split()
 METAL = "No Metal back-end"
 # By architecture and check ("all": each of them), words of the line that refuses it. What is not here must work.
 REFUSED: dict[str, dict[str, str]] = {
@@ -56,6 +56,7 @@ def hold(arch: str, folder: Path) -> None:
     found = measure(arch, folder)
     wrong = [line for name, cell in found["cells"].items() if (line := trouble(arch, name, cell))]
     assert not wrong, "\n".join(wrong)
+    assert found["traced"] is not False, f"{arch} looks at its numbers"
     row = found_in(PAGE)[arch]
     for name, parts in COLUMNS.items():
         word, _ = verdict([found["cells"][part] for part in parts if part in found["cells"]])
