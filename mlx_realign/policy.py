@@ -322,6 +322,11 @@ class Policy:
         return fingerprint.stored(self.folder, self.quantized) or fingerprint.base(self.model)
 
     @property
+    def traces(self) -> int:
+        """Number of compiled gradients: one for each loss and each set of shapes; 0 where steps are not compiled."""
+        return self._traced.count if self.compiled else 0
+
+    @property
     def dtype(self) -> mx.Dtype:
         """Of the residual stream."""
         tensors: list[mx.array] = [value for _, value in tree_flatten(self.model.parameters())]  # pyright: ignore

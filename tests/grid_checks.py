@@ -63,6 +63,13 @@ class Case:
         self.examples = examples()
         self.batch = data.collate(self.examples)
         self.slopes: dict[str, np.ndarray] = {}
+        self.traces = 0  # of compiled gradients, those forgotten too
+
+    def forget(self) -> None:
+        """Traces hold the way that rows were computed when they were made: after a change of it there are new ones."""
+        if self.policy.compiled:
+            self.traces += self.policy.traces
+            self.policy.compile()
 
     def saved(self, name: str) -> Path:
         """The adapter as it stands, in a folder for mlx-lm."""
@@ -109,10 +116,12 @@ def gradient_checkpointed(case: Case) -> float:
     if not case.checkpointed:
         raise UserError(case.note("checkpointing"))
     forward.checkpoint_layers(case.model)
+    case.forget()
     try:
         return gap(case.policy.gradients(case.batch, _loss)[1], case.slopes)
     finally:
         forward.uncheckpoint_layers(case.model)
+        case.forget()
 
 
 def _weights(tokens: mx.array) -> mx.array:
@@ -127,10 +136,12 @@ def _loss(scores: Scores, batch: Batch) -> LossOutput:
 
 def _alone(case: Case, run: Callable[[], Any]) -> Any:
     case.policy.sharing = False
+    case.forget()
     try:
         return run()
     finally:
         case.policy.sharing = True
+        case.forget()
 
 
 def _worst(found: np.ndarray, expected: list[np.ndarray]) -> float:
@@ -282,8 +293,10 @@ CHECKS = [
 
 
 def measure(arch: str, folder: Path) -> dict[str, Any]:
-    """{"way": how rows are computed, "notes": lines of the load-time check, "cells": {name of a check: Cell}}."""
-    found: dict[str, Any] = {"way": "", "notes": [], "cells": {}}
+    """{"way": how rows are computed, "notes": lines of the load-time check, "cells": {name of a check: Cell}}, and
+    "traces": how many gradients were compiled, one for each way and shape; 0 where steps are not.
+    """
+    found: dict[str, Any] = {"way": "", "notes": [], "traces": 0, "cells": {}}
     cells: dict[str, Cell] = found["cells"]
     made: list[Case] = []
     with warnings.catch_warnings():
@@ -298,6 +311,8 @@ def measure(arch: str, folder: Path) -> dict[str, Any]:
             cell = _cell(lambda run=check.run: run(case), folder)
             if cell is not None:
                 cells[check.name] = cell
+        case.forget()
+        found["traces"] = case.traces
         if close := getattr(case.policy, "close", None):
             close()
     made.clear()

@@ -6,7 +6,7 @@ by mlx-lm's plain operations, and raise where a gradient passes through them. Ru
 
     python tests/pretended_gpu.py kimi_linear qwen3_5,linear_key_head_dim=128
 
-prints a row of JSON for each: cells of the grid, kernels met. Settings of config.json may follow a name.
+prints a row of JSON for each: cells of the grid, kernels met, traces. Settings of config.json may follow a name.
 """
 
 import json
@@ -133,21 +133,26 @@ PLAIN: dict[str, Callable[..., Any]] = {
 }
 
 
-def main(architectures: list[str]) -> int:
-    """Measure architectures of the grid; a JSON row each."""
-    begin()
+def row(named: str) -> dict[str, Any]:
+    """What is found of an architecture of the grid, settings of its config.json behind it; `begin()` comes first."""
     import grid_models
     from grid_checks import measure
 
     grid_models.elsewhere = off
+    arch, *own = named.split(",")
+    settings = dict(setting.split("=") for setting in own)
+    grid_models.CONFIGS["models"][arch] |= {key: json.loads(value) for key, value in settings.items()}
+    met.clear()
+    with tempfile.TemporaryDirectory() as folder:
+        found = measure(arch, Path(folder) / arch)
+    return {"arch": named, "kernels": dict(met), **found}
+
+
+def main(architectures: list[str]) -> int:
+    """Measure architectures of the grid; a JSON row each."""
+    begin()
     for named in architectures:
-        arch, *own = named.split(",")
-        settings = dict(setting.split("=") for setting in own)
-        grid_models.CONFIGS["models"][arch] |= {key: json.loads(value) for key, value in settings.items()}
-        met.clear()
-        with tempfile.TemporaryDirectory() as folder:
-            found = measure(arch, Path(folder) / arch)
-        print(json.dumps({"arch": named, "kernels": dict(met), **found}), flush=True)
+        print(json.dumps(row(named)), flush=True)
     return 0
 
 

@@ -10,7 +10,9 @@ from typing import Any
 
 import mlx_lm
 import pytest
+from docs_tools import tables
 from grid_models import ARCHITECTURES
+from grid_table import GPU_PAGE, GPU_TABLE, gpu_row
 
 HERE = Path(__file__).parent
 LIMIT = 3e-4  # the whole grid has 1e-4 at most; what rounds gradients of gated deltas is the processor's
@@ -48,9 +50,29 @@ def pretended(*words: str) -> list[dict[str, Any]]:
 
 
 def hold(row: dict[str, Any]) -> None:
+    if row["arch"] in ARCHITECTURES:  # as the grid has it, no settings of its own
+        said, found = gpu_rows()[row["arch"]], gpu_row(row)
+        assert found == said, f"docs/numerics.md says {said} of {row['arch']}: python tests/grid_table.py --gpu"
     for name, cell in row["cells"].items():
         assert "KernelHasNoGradient" not in str(cell), f"{row['arch']}, {name}: {cell}"
         assert isinstance(cell, float) and cell <= LIMIT or str(cell).startswith("refused: "), (row["arch"], name, cell)
+
+
+def gpu_rows() -> dict[str, tuple[str, str]]:
+    """(kernels met, traces) by model, as docs/numerics.md tells."""
+    _, mark, rest = GPU_PAGE.read_text(encoding="utf-8").partition(GPU_TABLE)
+    (rows,) = tables(rest.partition("<!-- end -->")[0])
+    found = [(name, (row["kernels met"], row["traces"])) for row in rows for name in row["models"].split(", ")]
+    assert mark and len(found) == len(dict(found)), "a model stands there twice"
+    return {name.strip("`"): said for name, said in found}
+
+
+def test_the_page_has_every_architecture_and_counts_them():
+    rows = gpu_rows()
+    assert set(rows) == set(ARCHITECTURES), "make the table again: python tests/grid_table.py --gpu"
+    trains = [traces for _, traces in rows.values() if traces != "refused"]
+    said = f"Of {len(rows)} models {len(trains)} train, {sum(traces != '0' for traces in trains)} of these by compiled"
+    assert said in GPU_PAGE.read_text(encoding="utf-8") and "wrong" not in trains
 
 
 def test_recurrences_experts_and_states_are_right_where_a_gpu_is_believed_in():
