@@ -8,7 +8,7 @@ nothing) fails too.
 
 import gc
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -41,15 +41,18 @@ from mlx_realign.steering.apply import steer
 
 LIMIT = 1e-4
 MOVES = 1e-2  # what an adapter or a vector does is at least this large, in nats or logits
-Cell = float | str
+Cell = Any  # a number or a sentence; a pair of numbers where a check says what two differ by
+Write = Callable[[Path, str], Path]
 
 
 class Case:
     """A policy whose adapter has moved, and mlx-lm's model with that adapter."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, **settings: Any) -> None:
         self.folder = folder
-        self.policy = Policy.from_settings(TrainSettings(model=str(folder), data="x", lora_rank=4, lora_alpha=8.0))
+        self.dtype = mx.float32 if settings.get("dtype") == "float32" else None  # of mlx-lm's model: as it is stored
+        about: dict[str, Any] = {"model": str(folder), "data": "x", "lora_rank": 4, "lora_alpha": 8.0, **settings}
+        self.policy = Policy.from_settings(TrainSettings(**about))
         self.model = self.policy.model
         forward.checkpoint_layers(self.model)
         self.checks = selfcheck.run(self.policy)
@@ -59,7 +62,7 @@ class Case:
         moved = [(name, x + 0.05 * mx.random.normal(x.shape, key=mx.random.key(i))) for i, (name, x) in state]
         self.model.load_weights(moved, strict=False)
         self.policy.mark_start()
-        self.stock = load_stock(folder, self.saved("adapter"))
+        self.stock = load_stock(folder, self.saved("adapter"), self.dtype)
         self.examples = examples()
         self.batch = data.collate(self.examples)
         self.slopes: dict[str, np.ndarray] = {}
@@ -100,15 +103,15 @@ def log_probs(case: Case) -> float:
 
 def gradient(case: Case) -> float:
     """As the policy trains: prompts shared where they can be."""
-    case.slopes = stock_gradient(case.stock, case.examples, _weights)
-    return gap(case.policy.gradients(case.batch, _loss)[1], case.slopes)
+    case.slopes = stock_gradient(case.stock, case.examples, weights)
+    return gap(case.policy.gradients(case.batch, weighed_loss)[1], case.slopes)
 
 
 def gradient_alone(case: Case) -> float | None:
     """With each row alone, where that is not what the policy does anyway."""
     if not case.policy.sharing:
         return None
-    return gap(_alone(case, lambda: case.policy.gradients(case.batch, _loss)[1]), case.slopes)
+    return gap(_alone(case, lambda: case.policy.gradients(case.batch, weighed_loss)[1]), case.slopes)
 
 
 def gradient_checkpointed(case: Case) -> float:
@@ -118,19 +121,19 @@ def gradient_checkpointed(case: Case) -> float:
     forward.checkpoint_layers(case.model)
     case.forget()
     try:
-        return gap(case.policy.gradients(case.batch, _loss)[1], case.slopes)
+        return gap(case.policy.gradients(case.batch, weighed_loss)[1], case.slopes)
     finally:
         forward.uncheckpoint_layers(case.model)
         case.forget()
 
 
-def _weights(tokens: mx.array) -> mx.array:
+def weights(tokens: mx.array) -> mx.array:
     """Each token weighs something else, so that no error cancels."""
     return mx.cos(5 + tokens.astype(mx.float32))
 
 
-def _loss(scores: Scores, batch: Batch) -> LossOutput:
-    total = (_weights(batch.completion) * scores.logps).sum()
+def weighed_loss(scores: Scores, batch: Batch) -> LossOutput:
+    total = (weights(batch.completion) * scores.logps).sum()
     return LossOutput(total, batch.mask.sum().astype(mx.float32), {})
 
 
@@ -192,9 +195,9 @@ BLOCK, COEFFICIENT = 1, 1.7
 
 def steering(case: Case) -> float:
     """`add` behind block 1: logits of one pass, and log-probs of rollouts."""
-    vector, row = _vector(case), prompts(13)[0]
+    vector, row = pushing(case), prompts(13)[0]
     add = COEFFICIENT * mx.array(vector)
-    with steer(case.policy, _direction(vector), coefficient=COEFFICIENT, operator="add", blocks=(BLOCK,)):
+    with steer(case.policy, directed(vector), coefficient=COEFFICIENT, operator="add", blocks=(BLOCK,)):
         found = np.array(case.model(mx.array(row)[None])[0].astype(mx.float32))
         hand = lambda _: Hand(case.stock, BLOCK, lambda h: h + add)  # noqa: E731
         before = logits(case.stock, row)
@@ -209,19 +212,19 @@ def steering(case: Case) -> float:
 
 def steering_generated(case: Case) -> float:
     """`add` behind block 1 on generated tokens alone, in rollouts of unequal prompts."""
-    vector = _vector(case)
+    vector = pushing(case)
     add = COEFFICIENT * mx.array(vector)
 
     def hand(length: int) -> Hand:
         later = lambda h: (mx.arange(h.shape[1]) >= length)[None, :, None]  # noqa: E731
         return Hand(case.stock, BLOCK, lambda h: mx.where(later(h), h + add, h))
 
-    direction, asked = _direction(vector), {"operator": "add", "blocks": (BLOCK,), "positions": "generated"}
+    direction, asked = directed(vector), {"operator": "add", "blocks": (BLOCK,), "positions": "generated"}
     with steer(case.policy, direction, coefficient=COEFFICIENT, **asked):
         return _rolled(case, prompts(13, 2, 6), Sampling(max_new_tokens=8, temperature=1.0), by_hand=hand)
 
 
-def _vector(case: Case) -> np.ndarray:
+def pushing(case: Case) -> np.ndarray:
     """As large as what the block gives."""
     with Hand(case.stock, BLOCK, lambda h: h) as heard:
         logits(case.stock, prompts(13)[0])
@@ -229,7 +232,7 @@ def _vector(case: Case) -> np.ndarray:
     return size * np.random.default_rng(0).normal(size=WIDTH).astype(np.float32)
 
 
-def _direction(vector: np.ndarray) -> vectors.Direction:
+def directed(vector: np.ndarray) -> vectors.Direction:
     return vectors.Direction({BLOCK: vector}, vectors.About(base_model="", blocks=(BLOCK,)))
 
 
@@ -246,21 +249,21 @@ def ablation(case: Case) -> Cell:
     policy, every = case.policy, writers.find(case.policy)
     told = writers.rest(policy, every)
     edits = edit.plan(every, unit)
-    assert _share(case.stock, unit) > MOVES, "the direction is not in what the blocks write"
+    assert share(case.stock, unit) > MOVES, "the direction is not in what the blocks write"
     if edit.bias_left(policy, edits):
         variants.save_fused(case.folder, case.folder / "fused", edits, "plain")
-        edited = load_stock(case.folder / "fused")
+        edited = load_stock(case.folder / "fused", None, case.dtype)
     else:
         edit.put_on(policy, edits)
-        edited = load_stock(case.folder, case.saved("ablated"))
-    left = _share(edited, unit)
+        edited = load_stock(case.folder, case.saved("ablated"), case.dtype)
+    left = share(edited, unit)
     if told and left > LIMIT:
         ways = ", ".join(sorted({name.rpartition(".")[2] for name in told[0].modules}))
         raise UserError(f"block {told[0].block} writes {told[0].share:.0%} by ways that are not known ({ways or '-'})")
     return left
 
 
-def _share(stock: Any, unit: np.ndarray) -> float:
+def share(stock: Any, unit: np.ndarray) -> float:
     """The part along `unit` in what a block adds to a state without it, of all it adds; of the block with most."""
     r, added = mx.array(unit.astype(np.float32)), []
     with Listened(stock, lambda x: x - (x @ r)[..., None] * r) as heard, pristine():
@@ -292,7 +295,9 @@ CHECKS = [
 ]
 
 
-def measure(arch: str, folder: Path) -> dict[str, Any]:
+def measure(
+    arch: str, folder: Path, *, checks: Sequence[Check] = CHECKS, write: Write = write_folder, **settings: Any
+) -> dict[str, Any]:
     """{"way": how rows are computed, "notes": lines of the load-time check, "cells": {name of a check: Cell}}, and
     "traces": how many gradients were compiled, one for each way and shape; 0 where steps are not.
     """
@@ -301,13 +306,13 @@ def measure(arch: str, folder: Path) -> dict[str, Any]:
     made: list[Case] = []
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # mlx-lm's own
-        trouble = _cell(lambda: made.append(Case(write_folder(folder, arch))), folder)
+        trouble = _cell(lambda: made.append(Case(write(folder, arch), **settings)), folder)
         if not made:
-            found["cells"] = {check.name: trouble for check in CHECKS if check.run is not gradient_alone}
+            found["cells"] = {check.name: trouble for check in checks if check.run is not gradient_alone}
             return found
         (case,) = made
         found |= {"way": _way(case.policy), "notes": [*case.checks.notes]}
-        for check in CHECKS:
+        for check in checks:
             cell = _cell(lambda run=check.run: run(case), folder)
             if cell is not None:
                 cells[check.name] = cell

@@ -6,7 +6,8 @@ by mlx-lm's plain operations, and raise where a gradient passes through them. Ru
 
     python tests/pretended_gpu.py kimi_linear qwen3_5,linear_key_head_dim=128
 
-prints a row of JSON for each: cells of the grid, kernels met, traces. Settings of config.json may follow a name.
+prints a row of JSON for each: cells of the grid, kernels met, traces. Settings of config.json may follow a name, and
+quantized=4: the model in 4-bit bfloat16, as grid_packed.py measures it.
 """
 
 import json
@@ -68,6 +69,17 @@ def begin() -> None:
         setattr(mx, name, value)
     mx.metal.is_available = lambda: _on
     mx.fast.metal_kernel = stand_in
+    mx.gather_mm = in_float32(mx.gather_mm)
+
+
+def in_float32(operation: Callable[..., mx.array]) -> Callable[..., mx.array]:
+    """What a CPU has in float32 alone: computed so, and rounded as a GPU would."""
+
+    def compute(a: mx.array, b: mx.array, /, *rest: Any, **named: Any) -> mx.array:
+        dtype = mx.result_type(a, b)
+        return operation(a.astype(mx.float32), b.astype(mx.float32), *rest, **named).astype(dtype)
+
+    return compute
 
 
 def stand_in(name: str, **_: Any) -> Callable[..., list[mx.array]]:
@@ -137,14 +149,16 @@ def row(named: str) -> dict[str, Any]:
     """What is found of an architecture of the grid, settings of its config.json behind it; `begin()` comes first."""
     import grid_models
     from grid_checks import measure
+    from grid_packed import packed
 
     grid_models.elsewhere = off
     arch, *own = named.split(",")
     settings = dict(setting.split("=") for setting in own)
+    how = packed if settings.pop("quantized", "") == "4" else measure
     grid_models.CONFIGS["models"][arch] |= {key: json.loads(value) for key, value in settings.items()}
     met.clear()
     with tempfile.TemporaryDirectory() as folder:
-        found = measure(arch, Path(folder) / arch)
+        found = how(arch, Path(folder) / arch)
     return {"arch": named, "kernels": dict(met), **found}
 
 
