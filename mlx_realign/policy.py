@@ -239,7 +239,10 @@ class Policy:
 
     def prepare_for(self, needs: frozenset[str], temperature: float = 1.0) -> None:
         """What a method's loss needs beside log-probs (methods.needs), and the temperature they are taken at."""
+        changed = (needs, temperature) != (self.needs, self.temperature)
         self.needs, self.temperature = needs, temperature
+        if self.compiled and changed:
+            self.compile()  # traces hold them
         whole = "whole_batch" in needs or self.balance is not None or self.compiled or not loading.on_cpu()
         count = 1 if whole else cores()
         if count != self.workers.count:
