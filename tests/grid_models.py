@@ -179,7 +179,7 @@ def stock_gradient(model: Any, examples: list[Example], weights: Callable[[Any],
             with pristine():
                 slopes = mx.grad(weighed)(start)
                 mx.eval(slopes)
-            total = {name: total[name] + np.array(slope) for name, slope in slopes.items()}
+            total = {name: total[name] + np.array(slope.astype(mx.float32)) for name, slope in slopes.items()}
     finally:
         model.update(tree_unflatten(list(start.items())))
         model.eval()

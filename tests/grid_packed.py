@@ -26,7 +26,7 @@ from grid_checks import (
 from grid_models import WIDTH, Hand, Listened, load_stock, pristine, prompts, stock_gradient, stock_logps, write_packed
 from mlx.utils import tree_flatten
 
-from mlx_realign import capture, selfcheck, writers
+from mlx_realign import capture, writers
 from mlx_realign.ablation import edit
 from mlx_realign.rollout import rollout
 from mlx_realign.sampling import Sampling
@@ -60,10 +60,11 @@ def rounded_log_probs(case: Case) -> Pair:
 
 
 def rounded_gradient(case: Case) -> Pair:
-    """Of a step as the policy takes it; of the worst LoRA tensor, as the load-time check measures it."""
+    """Of a step as the policy takes it: of all LoRA tensors together."""
     slopes: Any = tree_flatten(case.policy.gradients(case.batch, weighed_loss)[1])
-    exact, stock = (_named(stock_gradient(one, case.examples, weights).items()) for one in (_exact(case), case.stock))
-    return [selfcheck._gap(_named(slopes), exact)[0], selfcheck._gap(stock, exact)[0]]
+    found = {name: np.array(x.astype(mx.float32)) for name, x in slopes}
+    of = lambda stock: stock_gradient(stock, case.examples, weights)  # noqa: E731
+    return _pair(case, [found[name] for name in sorted(found)], lambda stock: [x for _, x in sorted(of(stock).items())])
 
 
 def rounded_rollout(case: Case) -> Pair:
@@ -94,7 +95,7 @@ def rounded_steering(case: Case) -> Pair:
 
 
 def rounded_ablation(case: Case) -> Pair | None:
-    """What is left of a direction in what blocks add, all writers edited; in the policy, and in mlx-lm with its adapter.
+    """What is left of a direction in what blocks add, all writers edited: in the policy, in mlx-lm with its adapter.
 
     None where writers have biases, which no adapter changes.
     """
@@ -151,10 +152,6 @@ def _pair(case: Case, found: Any, of: Callable[[Any], Any], masks: Sequence[np.n
     flat = lambda rows: np.concatenate([np.asarray(r)[m].ravel() for r, m in zip(rows, kept, strict=True)])  # noqa: E731
     size = np.linalg.norm(flat(exact))
     return [float(np.linalg.norm(flat(one) - flat(exact)) / size) for one in (found, stock)]
-
-
-def _named(slopes: Any) -> dict[str, mx.array]:
-    return {name: mx.array(x) for name, x in slopes}
 
 
 EXACT = [*CHECKS[:-1], Check("states", states), CHECKS[-1]]

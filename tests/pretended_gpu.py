@@ -162,6 +162,33 @@ def row(named: str) -> dict[str, Any]:
     return {"arch": named, "kernels": dict(met), **found}
 
 
+def facts(folder: Path) -> dict[str, Any]:
+    """What the package does for a GPU and not for a CPU, as it takes it of the device; of a policy over that folder."""
+    from mlx_realign.config import TrainSettings
+    from mlx_realign.kernels import attention, swiglu, token_scores
+    from mlx_realign.policy import Policy
+
+    policy = Policy.from_settings(TrainSettings(model=str(folder), data="x"))
+    policy.prepare_for(frozenset())
+    taken: list[int] = []
+
+    class Seen(token_scores.Weight):
+        def logits(self, hidden: mx.array, start: int, stop: int) -> mx.array:
+            taken.append(stop - start)
+            return super().logits(hidden, start, stop)
+
+    rows = Seen({"weight": mx.ones((4096, 8))}, {})
+    head = token_scores.Head(lambda h: h @ rows.tensors["weight"].T, 4096, rows)
+    token_scores.fused(head, mx.ones((256, 8)), mx.zeros(256, mx.int32))
+    return {
+        "workers": policy.workers.count,
+        "compiled": policy.compiled,
+        "dtype": str(policy.dtype),
+        "kernels": [attention.available(), swiglu.available()],
+        "slices": taken,
+    }
+
+
 def main(architectures: list[str]) -> int:
     """Measure architectures of the grid; a JSON row each."""
     begin()
