@@ -46,6 +46,11 @@ class Gradient:
         self.model, self.differentiate = model, differentiate
         self.traces: dict[Any, Any] = {}
 
+    @property
+    def count(self) -> int:
+        """Number of traces."""
+        return sum(len(shapes) for _, _, shapes in self.traces.values())
+
     def __call__(self, batch: Batch, loss: Any) -> tuple[LossOutput, dict[str, Any]]:
         """As `differentiate`. Raises LooksAtNumbers, the model as it was, where it cannot be traced."""
         if loss not in self.traces:

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten, tree_map
+from mlx.utils import tree_flatten, tree_map_with_path
 from mlx_lm import utils as mlx_lm_utils
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
@@ -233,9 +233,16 @@ def _has_quantized(model: nn.Module) -> bool:
 
 
 def _cast(model: nn.Module, dtype: mx.Dtype | None) -> None:
-    if dtype is not None:  # packed weights, and scales of kinds other than affine, are integers and stay
-        cast = lambda x: x.astype(dtype) if mx.issubdtype(x.dtype, mx.floating) else x  # noqa: E731
-        model.update(tree_map(cast, model.parameters()))
+    """All floats; but what the model file keeps in float32 (what chooses experts, decays of states) is not narrowed."""
+    if dtype is None:  # packed weights, and scales of kinds other than affine, are integers and stay
+        return
+    narrowed = getattr(model, "cast_predicate", lambda _: True)  # mlx-lm's own converter asks it
+
+    def cast(name: str, x: mx.array) -> mx.array:
+        kept = not mx.issubdtype(x.dtype, mx.floating) or (x.dtype == mx.float32 and not narrowed(name))
+        return x if kept else x.astype(dtype)
+
+    model.update(tree_map_with_path(cast, model.parameters()))
 
 
 def _materialise(model: nn.Module) -> None:

@@ -253,7 +253,10 @@ class Policy:
 
     def prepare_for(self, needs: frozenset[str], temperature: float = 1.0) -> None:
         """What a method's loss needs beside log-probs (methods.needs), and the temperature they are taken at."""
+        changed = (needs, temperature) != (self.needs, self.temperature)
         self.needs, self.temperature = needs, temperature
+        if self.compiled and changed:
+            self.compile()  # traces hold them
         whole = "whole_batch" in needs or self.balance is not None or self.compiled or not loading.on_cpu()
         count = 1 if whole else cores()
         if count != self.workers.count:
@@ -335,6 +338,11 @@ class Policy:
     def base_hash(self) -> str:
         """Of the weights without an adapter: as stored, where they were read from a folder, so alike at any dtype."""
         return fingerprint.stored(self.folder, self.quantized) or fingerprint.base(self.model)
+
+    @property
+    def traces(self) -> int:
+        """Number of compiled gradients: one for each loss and each set of shapes; 0 where steps are not compiled."""
+        return self._traced.count if self.compiled else 0
 
     @property
     def dtype(self) -> mx.Dtype:

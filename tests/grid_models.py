@@ -11,7 +11,7 @@ import sys
 import tomllib
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ import mlx_lm.models.base as attention
 import numpy as np
 from conftest import VOCAB_SIZE, write_tokenizer
 from mlx.utils import tree_flatten, tree_map_with_path, tree_unflatten
-from mlx_lm.utils import _get_classes, load_adapters, load_model, save_model
+from mlx_lm.utils import _get_classes, load_adapters, load_model, quantize_model, save_config, save_model
 
 from mlx_realign.batch import Completion, Example
 
@@ -89,6 +89,19 @@ def write_folder(folder: Path, arch: str) -> Path:
     return folder
 
 
+def write_packed(folder: Path, arch: str) -> Path:
+    """The same in bfloat16 and 4 bits, as mlx-lm converts and quantises it; groups of 32, as its widths want."""
+    with pristine(), redirect_stdout(sys.stderr):
+        model, config = load_model(write_folder(folder, arch))
+        spared = getattr(model, "cast_predicate", lambda _: True)
+        cast = lambda k, x: x.astype(mx.bfloat16) if spared(k) and mx.issubdtype(x.dtype, mx.floating) else x  # noqa: E731
+        model.update(tree_map_with_path(cast, model.parameters()))
+        model, config = quantize_model(model, config, group_size=32, bits=4)
+        save_model(folder, model)
+        save_config(config, folder / "config.json")
+    return folder
+
+
 def _spread(path: str, x: mx.array) -> mx.array:
     if not mx.issubdtype(x.dtype, mx.floating):
         return x
@@ -101,12 +114,14 @@ def _spread(path: str, x: mx.array) -> mx.array:
 # ------------------------------------------------------------------ mlx-lm
 
 
-def load_stock(folder: Path, adapter: Path | None = None) -> Any:
-    """mlx-lm's own model with an adapter that mlx-lm puts on itself."""
+def load_stock(folder: Path, adapter: Path | None = None, dtype: mx.Dtype | None = None) -> Any:
+    """mlx-lm's own model with an adapter that mlx-lm puts on itself; dtype: of all its floats, if not as they are."""
     with pristine():
         model = load_model(folder)[0]
         if adapter is not None:
             model = load_adapters(model, str(adapter))
+        if dtype is not None:
+            model.set_dtype(dtype)
         model.eval()
         return model
 
@@ -164,7 +179,7 @@ def stock_gradient(model: Any, examples: list[Example], weights: Callable[[Any],
             with pristine():
                 slopes = mx.grad(weighed)(start)
                 mx.eval(slopes)
-            total = {name: total[name] + np.array(slope) for name, slope in slopes.items()}
+            total = {name: total[name] + np.array(slope.astype(mx.float32)) for name, slope in slopes.items()}
     finally:
         model.update(tree_unflatten(list(start.items())))
         model.eval()

@@ -6,7 +6,8 @@ by mlx-lm's plain operations, and raise where a gradient passes through them. Ru
 
     python tests/pretended_gpu.py kimi_linear qwen3_5,linear_key_head_dim=128
 
-prints a row of JSON for each: cells of the grid, kernels met. Settings of config.json may follow a name.
+prints a row of JSON for each: cells of the grid, kernels met, traces. Settings of config.json may follow a name, and
+quantized=4: the model in 4-bit bfloat16, as grid_packed.py measures it.
 """
 
 import json
@@ -68,6 +69,17 @@ def begin() -> None:
         setattr(mx, name, value)
     mx.metal.is_available = lambda: _on
     mx.fast.metal_kernel = stand_in
+    mx.gather_mm = in_float32(mx.gather_mm)
+
+
+def in_float32(operation: Callable[..., mx.array]) -> Callable[..., mx.array]:
+    """What a CPU has in float32 alone: computed so, and rounded as a GPU would."""
+
+    def compute(a: mx.array, b: mx.array, /, *rest: Any, **named: Any) -> mx.array:
+        dtype = mx.result_type(a, b)
+        return operation(a.astype(mx.float32), b.astype(mx.float32), *rest, **named).astype(dtype)
+
+    return compute
 
 
 def stand_in(name: str, **_: Any) -> Callable[..., list[mx.array]]:
@@ -143,19 +155,53 @@ def configured(named: str) -> str:
     return arch
 
 
+def row(named: str) -> dict[str, Any]:
+    """What is found of an architecture of the grid, settings of its config.json behind it; `begin()` comes first."""
+    import grid_models
+    from grid_checks import measure
+    from grid_packed import packed
+
+    grid_models.elsewhere = off
+    plain = ",".join(part for part in named.split(",") if part != "quantized=4")
+    how, arch = (measure if plain == named else packed), configured(plain)
+    met.clear()
+    with tempfile.TemporaryDirectory() as folder:
+        found = how(arch, Path(folder) / arch)
+    return {"arch": named, "kernels": dict(met), **found}
+
+
+def facts(folder: Path) -> dict[str, Any]:
+    """What the package does for a GPU and not for a CPU, as it takes it of the device; of a policy over that folder."""
+    from mlx_realign.config import TrainSettings
+    from mlx_realign.kernels import attention, swiglu, token_scores
+    from mlx_realign.policy import Policy
+
+    policy = Policy.from_settings(TrainSettings(model=str(folder), data="x"))
+    policy.prepare_for(frozenset())
+    taken: list[int] = []
+
+    class Seen(token_scores.Weight):
+        def logits(self, hidden: mx.array, start: int, stop: int) -> mx.array:
+            taken.append(stop - start)
+            return super().logits(hidden, start, stop)
+
+    rows = Seen({"weight": mx.ones((4096, 8))}, {})
+    head = token_scores.Head(lambda h: h @ rows.tensors["weight"].T, 4096, rows)
+    token_scores.fused(head, mx.ones((256, 8)), mx.zeros(256, mx.int32))
+    return {
+        "workers": policy.workers.count,
+        "compiled": policy.compiled,
+        "dtype": str(policy.dtype),
+        "kernels": [attention.available(), swiglu.available()],
+        "slices": taken,
+    }
+
+
 def main(architectures: list[str]) -> int:
     """Measure architectures of the grid; a JSON row each."""
     begin()
-    import grid_models
-    from grid_checks import measure
-
-    grid_models.elsewhere = off
     for named in architectures:
-        arch = configured(named)
-        met.clear()
-        with tempfile.TemporaryDirectory() as folder:
-            found = measure(arch, Path(folder) / arch)
-        print(json.dumps({"arch": named, "kernels": dict(met), **found}), flush=True)
+        print(json.dumps(row(named)), flush=True)
     return 0
 
 

@@ -13,6 +13,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from conftest import write_tokenizer
+from grid_models import write_folder
 from mlx.utils import tree_flatten
 from mlx_lm.utils import load_model, quantize_model, save_model
 
@@ -184,6 +185,16 @@ def test_a_dtype_asked_for(half_folder: Path, dtype: str):
     original = load_model(half_folder)[0]
     weight, right = (blocks(m)[0].mlp.up_proj.weight.astype(mx.float32) for m in (model, original))
     np.testing.assert_allclose(weight, right, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_what_a_model_file_keeps_in_float32_is_not_narrowed(tmp_path: Path, dtype: str):
+    """As mlx-lm's converter leaves it: which experts a token takes turns on small differences."""
+    model = load(str(write_folder(tmp_path, "deepseek_v3")), dtype=dtype).model
+    found: dict[str, mx.array] = dict(tree_flatten(model.parameters()))  # pyright: ignore
+    kept = {name: x.dtype for name, x in found.items() if "e_score_correction_bias" in name}
+    assert len(kept) == 3 and set(kept.values()) == {mx.float32}
+    assert {x.dtype for name, x in found.items() if name not in kept} == {getattr(mx, dtype)}
 
 
 # ---------------------------------------------------------------------------------------------- quantised weights

@@ -335,6 +335,19 @@ def test_a_compiled_gradient_is_the_eager_one(recomputed: bool):
         assert out == pytest.approx(expected, rel=EXACT)
 
 
+def test_a_compiled_gradient_follows_the_temperature():
+    eager, compiled = (make_policy(make_model("llama", num_hidden_layers=1)) for _ in range(2))
+    compiled.compile()
+    loss, batch, found = weighed(), make_batch(SHAPES[:2]), []
+    for temperature in (1.0, 0.5):
+        for policy in (eager, compiled):
+            policy.prepare_for(frozenset(), temperature)
+        found.append(compiled.gradients(batch, loss)[1])
+        assert gap(found[-1], eager.gradients(batch, loss)[1]) <= EXACT
+        assert compiled.traces == 1 and eager.traces == 0
+    assert gap(*found) > 0.1
+
+
 def test_a_compiled_loss_may_give_the_same_number_twice():
     """sft's count is one of its metrics' counts too: as two outputs of a compiled function MLX refuses them."""
     eager, compiled = (make_policy(make_model("llama", num_hidden_layers=1)) for _ in range(2))

@@ -14,7 +14,9 @@ from typing import Any
 import mlx_lm
 import numpy as np
 import pytest
+from docs_tools import tables
 from grid_models import ARCHITECTURES
+from grid_table import GPU_PAGE, GPU_TABLE, gpu_row
 from pretended_gpu_runs import RUNS
 
 HERE = Path(__file__).parent
@@ -37,6 +39,10 @@ SLOW = [
 ]
 SEEN = "qwen3_5,linear_key_head_dim=64,linear_num_key_heads=2,linear_num_value_heads=4"  # heads that kernels take
 FEW = "sft dpo-checkpointed grpo ablate extract generate".split()
+# In 4-bit bfloat16: plain, experts, gated delta, states; then the rest of them.
+PACKED = ["llama", "qwen3_moe", "qwen3_5", "mamba2"]
+PACKED_SLOW = """deepseek_v3 falcon_h1 gemma2 gemma3_text glm4_moe gpt_oss granite kimi_linear lfm2 ministral3 mixtral
+olmo_hybrid olmoe phi3 qwen2 qwen3 qwen3_5_moe qwen3_next smollm3""".split()
 # Where kernels or the device are asked for in mlx-lm, and what is done about it (docs/numerics.md, "On a GPU").
 KNOWN = {
     "models/bailing_moe_v3.py", "models/bitlinear_layers.py", "models/deepseek_v41.py", "models/gated_delta.py",
@@ -59,15 +65,54 @@ def pretended(
 
 def hold(row: dict[str, Any]) -> None:
     assert row["traced"] is not False, f"{row['arch']} looks at its numbers"
+    if row["arch"] in ARCHITECTURES:  # as the grid has it, no settings of its own
+        said, found = gpu_rows()[row["arch"]], gpu_row(row)
+        assert found == said, f"docs/numerics.md says {said} of {row['arch']}: python tests/grid_table.py --gpu"
     for name, cell in row["cells"].items():
         assert "KernelHasNoGradient" not in str(cell), f"{row['arch']}, {name}: {cell}"
         assert isinstance(cell, float) and cell <= LIMIT or str(cell).startswith("refused: "), (row["arch"], name, cell)
 
 
+def beyond(pair: list[float]) -> bool:
+    """Whether this project is further from float32 than mlx-lm's own rounding explains."""
+    ours, stock = pair
+    return not ours <= 2 * stock + 0.02
+
+
+def hold_packed(row: dict[str, Any]) -> None:
+    arch, rounded = row["arch"].partition(",")[0], row["bfloat16"]
+    if arch == "gpt_oss":  # biases: its edited weights would have to be packed again
+        assert "quantising the edited weights again" in row["cells"].pop("ablation")
+    assert all(isinstance(cell, float) and cell <= LIMIT for cell in row["cells"].values()), row
+    assert not any(isinstance(cell, str) or beyond(cell) for cell in rounded["cells"].values()), row
+    assert {"states", "gradient", "rollout", "steering, generated"} < set(rounded["cells"])
+    assert (rounded["way"], rounded["notes"]) == (row["way"], row["notes"]), "rounding made it give something up"
+    assert rounded["traces"] == (arch != "ministral3"), "prompts of one length are not compiled"
+
+
+def gpu_rows() -> dict[str, tuple[str, str]]:
+    """(kernels met, traces) by model, as docs/numerics.md tells."""
+    _, mark, rest = GPU_PAGE.read_text(encoding="utf-8").partition(GPU_TABLE)
+    (rows,) = tables(rest.partition("<!-- end -->")[0])
+    found = [(name, (row["kernels met"], row["traces"])) for row in rows for name in row["models"].split(", ")]
+    assert mark and len(found) == len(dict(found)), "a model stands there twice"
+    return {name.strip("`"): said for name, said in found}
+
+
+def test_the_page_has_every_architecture_and_counts_them():
+    rows = gpu_rows()
+    assert set(rows) == set(ARCHITECTURES), "make the table again: python tests/grid_table.py --gpu"
+    trains = [traces for _, traces in rows.values() if traces != "refused"]
+    said = f"Of {len(rows)} models {len(trains)} train, {sum(traces != '0' for traces in trains)} of these by compiled"
+    assert said in GPU_PAGE.read_text(encoding="utf-8") and "wrong" not in trains
+
+
 def test_recurrences_experts_and_states_are_right_where_a_gpu_is_believed_in():
-    rows = pretended(*QUICK)
-    assert [row["arch"] for row in rows] == list(QUICK)
-    for row in rows:
+    rows = pretended(*QUICK, *(f"{arch},quantized=4" for arch in PACKED))
+    assert len(rows) == len(QUICK) + len(PACKED)
+    for row in rows[len(QUICK) :]:
+        hold_packed(row)
+    for row in rows[: len(QUICK)]:
         hold(row)
         assert isinstance(row["cells"]["gradient"], float), row["cells"]["gradient"]
         assert QUICK[row["arch"]] <= set(row["kernels"]), f"{row['arch']} met {row['kernels']}"
@@ -108,14 +153,58 @@ def test_every_architecture_is_right_or_refused_where_a_gpu_is_believed_in(arch:
     hold(row)
 
 
-def test_a_kernel_without_a_gradient_is_found():
-    program = (
-        "import sys; sys.path.insert(0, 'tests'); import pretended_gpu; pretended_gpu.begin()\n"
-        "import mlx_realign.kernels as ours; ours._recurrent = lambda *_: None  # what exchanges the kernels\n"
-        "raise SystemExit(pretended_gpu.main(['rwkv7']))"
-    )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, cwd=HERE.parent)
-    assert "KernelHasNoGradient" in json.loads(done.stdout)["cells"]["gradient"]
+# What the package does where a GPU is believed in and where not, then two faults: nothing exchanges the kernels without
+# a gradient, and in bfloat16 none comes back through a packed matrix.
+ODD = """
+import json, sys, tempfile
+from pathlib import Path
+sys.path.insert(0, "tests")
+import pretended_gpu
+pretended_gpu.begin()
+from grid_models import write_folder, write_packed
+from mlx_realign import adapter_layers, kernels
+folder = Path(tempfile.mkdtemp())
+print(json.dumps(pretended_gpu.facts(write_packed(folder / "packed", "llama"))))
+with pretended_gpu.off():
+    print(json.dumps(pretended_gpu.facts(write_folder(folder / "plain", "llama"))))
+kernels._recurrent, own = lambda *_: None, adapter_layers.matmul
+pretended_gpu.main(["rwkv7"])
+adapter_layers.matmul = lambda linear, dy: own(linear, dy) * (dy.dtype != pretended_gpu.mx.bfloat16)
+pretended_gpu.main(["llama,quantized=4"])
+"""
+
+
+@pytest.fixture(scope="module")
+def odd() -> list[dict[str, Any]]:
+    """Rows of ODD: with a GPU, without, and of the two faults."""
+    done = subprocess.run([sys.executable, "-c", ODD], capture_output=True, text=True, check=False, cwd=HERE.parent)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", PACKED_SLOW)
+def test_every_family_in_four_bits_is_right_to_rounding(arch: str):
+    (row,) = pretended(f"{arch},quantized=4")
+    hold_packed(row)
+
+
+def test_the_package_goes_the_way_of_a_gpu(odd: list[dict[str, Any]]):
+    gpu, cpu = odd[:2]
+    assert gpu["workers"] == 1 and gpu["compiled"] and not cpu["compiled"]
+    assert gpu["kernels"] == [False, False] and cpu["kernels"] == [True, True], "attention and swiglu of a CPU"
+    assert gpu["slices"] == [4096] and cpu["slices"] == [2048, 2048], "bytes of logits that are held: 64 MB, 2 MB"
+    assert gpu["dtype"] == "mlx.core.bfloat16", "the model's own"
+
+
+def test_a_kernel_without_a_gradient_is_found(odd: list[dict[str, Any]]):
+    assert "KernelHasNoGradient" in odd[2]["cells"]["gradient"]
+
+
+def test_a_gradient_lost_in_bfloat16_is_found(odd: list[dict[str, Any]]):
+    assert all(cell <= LIMIT for cell in odd[3]["cells"].values())
+    found = odd[3]["bfloat16"]
+    assert found["notes"] and beyond(found["cells"]["gradient"]) and not beyond(found["cells"]["log-probs"])
 
 
 def test_every_place_of_mlx_lm_that_asks_for_a_kernel_or_the_device_is_known():
