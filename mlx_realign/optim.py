@@ -45,7 +45,7 @@ class Updater:
         return {name: g * scale.astype(g.dtype) for name, g in packed.items()}, norm
 
     def update(self, model: nn.Module, packed: dict[str, mx.array], rate: float) -> None:
-        """Move the trainable parameters of `model` by clipped gradients, at this learning rate; evaluated."""
+        """Move the trainable parameters of `model` by clipped gradients, at this learning rate; begun, not awaited."""
         for part in getattr(self.rule, "optimizers", [self.rule]):
             part.learning_rate = rate
         like = flat(model.trainable_parameters())
@@ -54,7 +54,7 @@ class Updater:
         self.values, self.views = new, self.unpack(new, like)
         model.update(tree_unflatten(list(self.views.items())))
         del like, new, packed  # so that the new values may take the memory of the old ones
-        mx.eval(self.values, self.rule.state, self.views)
+        mx.async_eval(self.values, self.rule.state, self.views)
 
     def pack(self, tree: Tree) -> dict[str, mx.array]:
         """Small tensors as one vector per dtype, others as they are; names without dots, which would nest them."""

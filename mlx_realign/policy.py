@@ -220,9 +220,12 @@ class Policy:
 
     # ------------------------------------------------------------------ gradient
 
-    def gradients(self, batch: Batch, loss: Loss) -> tuple[LossOutput, dict[str, Any]]:
-        """Sums of the loss and the gradient of `total` with respect to the trainable parameters, evaluated."""
-        return _sum(self._map(batch, lambda part: self._gradients(part, loss)))
+    def gradients(self, batch: Batch, loss: Loss, *, wait: bool = True) -> tuple[LossOutput, dict[str, Any]]:
+        """Sums of the loss and the gradient of `total` with respect to the trainable parameters, evaluated.
+
+        wait: False where a single worker need not have computed them yet when this returns.
+        """
+        return _sum(self._map(batch, lambda part: self._gradients(part, loss), wait=wait))
 
     def losses(self, batch: Batch, loss: Loss) -> LossOutput:
         """Sums of the loss without a gradient, evaluated."""
@@ -238,10 +241,11 @@ class Policy:
         parts = self._map(batch, lambda part: self.scores(part).logps)
         return mx.concatenate([mx.pad(part, [(0, 0), (0, width - part.shape[1])]) for part in parts])
 
-    def _map(self, batch: Batch, build: Callable[[Batch], Any]) -> list[Any]:
+    def _map(self, batch: Batch, build: Callable[[Batch], Any], *, wait: bool = True) -> list[Any]:
         self.reach.refuse_arrays("batch", (batch.prompt, batch.completion), self.tokenizer)
-        mx.eval(self.model.state)  # what is pending belongs to this thread: workers could not evaluate it
-        return self.workers.map(batch, build)
+        if self.workers.pool:
+            mx.eval(self.model.state)  # what is pending belongs to this thread: workers could not evaluate it
+        return self.workers.map(batch, build, wait=wait)
 
     def _loss(self, batch: Batch, loss: Loss, *, gradient: bool = False) -> LossOutput:
         """The method's loss, and the load-balancing loss where it is asked for."""

@@ -4,29 +4,54 @@
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
 from mlx.utils import tree_map
 
 from .batch import LossOutput
 
 
-def add(a: Any, b: Any) -> Any:
-    """Element-wise sum of equal trees, evaluated so that graphs of micro-batches do not pile up.
+class Window:
+    """What the micro-batches of an optimizer step give, summed. The device computes one while the next is made."""
 
-    Of two LossOutputs, a metric that one of them lacks is the other's.
+    def __init__(self) -> None:
+        self.out: LossOutput | None = None
+        self.grads: dict[str, Any] = {}
+
+    def add(self, out: LossOutput, grads: dict[str, Any]) -> None:
+        """Begin to compute one more, as `Policy.gradients` gives it with wait=False. Waits for the one before.
+
+        So there is never more than one under way: two would take the memory of two.
+        """
+        if self.out is not None:
+            mx.eval(self.out, self.grads)
+            out, grads = add(self.out, out), tree_map(lambda x, y: x + y, self.grads, grads)
+        self.out, self.grads = out, grads
+        mx.async_eval(out, grads)
+
+    def take(self) -> tuple[LossOutput, dict[str, Any]]:
+        """(the losses, the gradients), which are not held here any more."""
+        assert self.out is not None
+        grads, self.grads = self.grads, {}
+        return self.out, grads
+
+
+def add(a: LossOutput, b: LossOutput) -> LossOutput:
+    """Their sum; a metric that one of them lacks is the other's."""
+    metrics = {**a.metrics, **b.metrics}
+    for name in a.metrics.keys() & b.metrics.keys():
+        (total, count), (more, units) = a.metrics[name], b.metrics[name]
+        metrics[name] = (total + more, count + units)
+    return LossOutput(a.total + b.total, a.count + b.count, metrics)
+
+
+def averages(out: LossOutput, **scalars: mx.array) -> dict[str, float]:
+    """The scalars and the metrics of a window, sums over counts, as numbers: the device is asked once.
+
+    Also the margin of two means where no pair gives one.
     """
-    if isinstance(a, LossOutput):
-        shared = {name: a.metrics[name] for name in a.metrics if name in b.metrics}
-        alone = {name: value for m in (a.metrics, b.metrics) for name, value in m.items() if name not in shared}
-        both = add(tuple(a[:2]) + (shared,), tuple(b[:2]) + ({name: b.metrics[name] for name in shared},))
-        return LossOutput(both[0], both[1], both[2] | alone)
-    total = tree_map(lambda x, y: x + y, a, b)
-    mx.eval(total)
-    return total
-
-
-def averages(out: LossOutput) -> dict[str, float]:
-    """Metrics of a window: sums over counts; the margin of two means where no pair gives one."""
-    found = {name: number_of(total / mx.maximum(count, 1.0)) for name, (total, count) in out.metrics.items()}
+    asked = scalars | {name: total / mx.maximum(count, 1.0) for name, (total, count) in out.metrics.items()}
+    values = np.array(mx.stack([x.astype(mx.float32).reshape(()) for x in asked.values()])) if asked else []
+    found = {name: float(x) for name, x in zip(asked, values, strict=True)}
     if "rewards/chosen" in found:
         found.setdefault("rewards/margins", found["rewards/chosen"] - found["rewards/rejected"])
     return found

@@ -32,7 +32,7 @@ from .progress import Reporter, duration
 from .reference import Reference
 from .runfolder import RunFolder
 from .steering.train_with import TrainWith
-from .sums import add, averages, number_of
+from .sums import Window, add, averages, number_of
 
 SHOWN = 300  # characters of a prompt's end and of a completion's beginning
 
@@ -207,23 +207,21 @@ class Loop:
         """One optimizer step: gradients summed over the window, divided once by its count, clipped, applied."""
         started, number, model = time.perf_counter(), self.done + 1, self.policy.model
         mx.reset_peak_memory()
-        out: LossOutput | None = None
-        grads: dict[str, Any] = {}
-        lines, tokens = [], 0
+        window, lines, tokens = Window(), [], 0
         for micro in self.feed.window(number):
             self.set_dropout(micro.place)
             with self.steered.gradients():
-                part, slope = self.policy.gradients(micro.batch, self.loss)
-            out, grads = (part, slope) if out is None else (add(out, part), add(grads, slope))
+                part, slope = self.policy.gradients(micro.batch, self.loss, wait=False)
+            window.add(part, slope)
             lines.append((micro.lines, part.total))
             tokens += micro.tokens
-            del slope
+            del part, slope
         self.set_dropout(None)
-        assert out is not None
+        out, grads = window.take()
         count = mx.maximum(out.count, 1.0)
         clipped, norm = self.optimizer.clip(grads, count)
         del grads
-        row = {"step": number, "loss": number_of(out.total / count), "grad_norm": number_of(norm)}
+        row = {"step": number, **averages(out, loss=out.total / count, grad_norm=norm)}
         self.norms.refuse(number, row["loss"], row["grad_norm"], lines)
         rate = optim.learning_rate(self.settings, self.peak_rate, number, self.steps) * self.drift.limit.factor
         idle = row["grad_norm"] == 0 and self.feed.measured.get("frac_reward_zero_std") == 1  # no group differs: wait
@@ -234,7 +232,7 @@ class Loop:
             self.proven = True
         self.done, self.tokens = number, self.tokens + tokens
         took, peak = time.perf_counter() - started, mx.get_peak_memory() / 1e9
-        row |= {"learning_rate": rate, **averages(out), **self.feed.told, "num_tokens": self.tokens}
+        row |= {"learning_rate": rate, **self.feed.told, "num_tokens": self.tokens}
         speed = {"tokens_per_second": tokens / took, "step_s": took, "peak_memory_gb": peak}
         return row | {"epoch": self.feed.epoch_after(number)} | speed
 
@@ -361,8 +359,8 @@ class Loop:
             return
         seed = np.random.default_rng([self.settings.seed, place]).integers(2**32)
         adapter.set_dropout_key(self.policy.model, mx.random.key(int(seed)))
-        # other threads use them
-        mx.eval([layer._dropout_key for layer in adapter.adapters_of(self.policy.model).values()])
+        if self.policy.workers.pool:  # other threads use them
+            mx.eval([layer._dropout_key for layer in adapter.adapters_of(self.policy.model).values()])
 
 
 class _Callable(ModuleType):

@@ -74,9 +74,15 @@ class Workers:
         if self.pool:
             blas.keep_freed_memory()
 
-    def map(self, batch: Batch, build: Callable[[Batch], Any]) -> list[Any]:
-        """`build` makes arrays (lazily) from a part of the batch; one result per part, all evaluated."""
+    def map(self, batch: Batch, build: Callable[[Batch], Any], *, wait: bool = True) -> list[Any]:
+        """`build` makes arrays (lazily) from a part of the batch; one result per part, all evaluated.
+
+        wait: False leaves that to the caller where there is one worker.
+        """
         whole = self.pool is None or batch.prompt_pad is None  # an exact batch is a part already
+        if self.pool is None and not wait:
+            known_thread()
+            return [build(batch)]
         return self.each([batch] if whole else split(batch, self.count), build)
 
     def each(self, parts: list[Part], build: Callable[[Part], Any]) -> list[Any]:
