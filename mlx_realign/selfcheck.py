@@ -25,8 +25,7 @@ from .selfcheck_reference import nudged, weights_of
 
 # Relative, of a tensor's norm. On SmolLM2-135M rounding comes to 1e-4 in float32 (also over a 4-bit base), to 5e-2 in
 # bfloat16, and to 7e-2 there on the worst of mlx-lm's architectures; keys that get no gradient, positions off by one or
-# a pad token that is seen come to more than 1 in both. Float32 whose products are rounded to 10 bits comes to 1.6e-2 and
-# is judged as float16.
+# a pad token that is seen come to more than 1 in both. Products rounded to 10 bits (1.6e-2) are judged as float16's.
 LIMIT = {mx.float32: 2e-3, mx.bfloat16: 1.5e-1, mx.float16: 5e-2}
 
 
