@@ -12,7 +12,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from .. import noise
-from . import attention, gated_delta, plain_gradient, swiglu
+from . import attention, gated_delta, plain_gradient, scores_proof, swiglu
 from .switch import Switch
 
 __all__ = ["Switch", "install"]
@@ -34,6 +34,7 @@ def install(model: Any) -> Switch:
         left.close()
     switch = Switch()
     object.__setattr__(model, SWITCH, switch)
+    switch.notes += scores_proof.run(model)
     (gated, wrong), (attending, wrong_too) = _swiglu(), _attention()
     for name, trouble in (("swiglu", wrong), ("scaled_dot_product_attention", wrong_too)):
         if trouble:
