@@ -6,8 +6,8 @@ arXiv:2205.14135). The same pass sums exp(logit) times the head's rows, so it en
 log-prob with respect to its hidden state, W[token] - sum_v p_v W[v]. The backward pass is then one multiplication: no
 logits are computed twice, exactly and for every loss, since a loss can only scale that gradient.
 
-There are two forms of it. On a CPU slices stay in a cache and float32 costs nothing. On a GPU each pass over a slice goes
-through memory: `narrow` makes as few as MLX's kernels allow and writes nothing wider than the logits.
+There are two forms of it. On a CPU slices stay in a cache, and float32 costs nothing. On a GPU each pass over a slice
+goes through memory: `narrow` makes few, and writes nothing as large as the logits that is wider than they are.
 """
 
 from collections.abc import Callable

@@ -6,7 +6,8 @@ by mlx-lm's plain operations, and raise where a gradient passes through them. Ru
 
     python tests/pretended_gpu.py kimi_linear qwen3_5,linear_key_head_dim=128
 
-prints a row of JSON for each: cells of the grid, kernels met. Settings of config.json may follow a name.
+prints a row of JSON for each: cells of the grid, kernels met, dtypes for which the head has the form of a GPU.
+Settings of config.json may follow a name.
 """
 
 import json
@@ -139,6 +140,8 @@ def main(architectures: list[str]) -> int:
     import grid_models
     from grid_checks import measure
 
+    from mlx_realign.kernels import token_scores
+
     grid_models.elsewhere = off
     for named in architectures:
         arch, *own = named.split(",")
@@ -147,7 +150,8 @@ def main(architectures: list[str]) -> int:
         met.clear()
         with tempfile.TemporaryDirectory() as folder:
             found = measure(arch, Path(folder) / arch)
-        print(json.dumps({"arch": named, "kernels": dict(met), **found}), flush=True)
+        proven = [str(dtype) for dtype in token_scores.proven]
+        print(json.dumps({"arch": named, "kernels": dict(met), "scores": proven, **found}), flush=True)
     return 0
 
 

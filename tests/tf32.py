@@ -152,24 +152,28 @@ def faults_found(folder: Path) -> dict[str, bool]:
     from mlx_realign.kernels import token_scores
 
     reader: Any = forward.PromptReader
-    right, online = reader.__init__, token_scores._online
+    right, forms = reader.__init__, (token_scores._online, token_scores.narrow)
 
     def one_off(self: Any, *given: Any) -> None:
         right(self, *given)
         self.offset = self.offset + 1
 
-    def too_long(*given: Any) -> list[mx.array]:
-        *rows, slope = online(*given)
-        return [*rows, 1.2 * slope]
+    def too_long(form: Callable[..., list[mx.array]]) -> Callable[..., list[mx.array]]:
+        def scores(*given: Any) -> list[mx.array]:
+            *rows, slope = form(*given)
+            return [*rows, 1.2 * slope]
+
+        return scores
 
     policy = _policy(folder)
     reached = {"chunked_head": policy.body.head().rows is not None, "shared_prompts": policy.sharing}
-    reader.__init__, token_scores._online = one_off, too_long
+    reader.__init__ = one_off
+    token_scores._online, token_scores.narrow = map(too_long, forms)
     try:
         with simulated():
             found = selfcheck.run(policy).results
     finally:
-        reader.__init__, token_scores._online = right, online
+        reader.__init__, (token_scores._online, token_scores.narrow) = right, forms
         policy.close()
     return {name: found[name].startswith("off: ") for name, there in reached.items() if there}
 
