@@ -181,11 +181,14 @@ def narrow(
 ) -> list[mx.array]:
     """As `_online`, for a GPU; size: columns of a slice, 0 as many as GPU_SLICE_BYTES hold.
 
-    What a slice gives is normalised by the slice's own log-sum-exp, and `_joined` by that of all so far.
+    What a slice gives is normalised by the slice's own log-sum-exp, and `_joined` by that of all so far. In a token's
+    own slice 1 is taken from its probability before that is rounded to 16 bits, since a sure token's slope is a small
+    difference; W[token] then has the weight that is `elsewhere`, in the other slices.
     """
     size = size or max(2048, GPU_SLICE_BYTES // (h.dtype.size * tokens.shape[0]) // 1024 * 1024)
     sums: list[mx.array] = []
     top = own = hit = mx.array(0.0)
+    columns = mx.arange(min(size, vocabulary))
     for start in range(0, vocabulary, size):
         stop = min(start + size, vocabulary)
         if sums:
@@ -196,25 +199,29 @@ def narrow(
         mine = mx.take_along_axis(logits, near, 1).astype(mx.float32)
         best = logits.argmax(-1, keepdims=True)
         high = mx.take_along_axis(logits, best, 1).astype(mx.float32)
-        lse = mx.fast.cross_entropy(logits, near[:, 0])[:, None] + mine
+        loss = mx.fast.cross_entropy(logits, near[:, 0])[:, None]
+        lse = mine + loss
         entropy = _entropy(logits, lse)
         square = _square_sum(logits, lse) if squares else mx.ones_like(lse)
-        mean = weight.back(_probabilities(logits, lse), start, stop) if gradient else mx.zeros((1, 1))
+        off = _off_by(logits, mine, loss, columns[: stop - start], place) if gradient else None
+        mean = mx.zeros((1, 1)) if off is None else weight.back(off, start, stop)
+        here = [lse, entropy, square, (place != near).astype(mx.float32), mean]
         if not sums:
-            top, own, hit, sums = high, mine, best == place, [lse, entropy, square, mean.astype(mx.float32)]
+            top, own, hit, sums = high, mine, best == place, here
             continue
         own = mx.where(place == near, mine, own)
         hit = mx.where(high > top, best == place, hit)  # of equal logits the first counts, as argmax takes it
         top = mx.maximum(top, high)
-        sums = list(_joined(*sums, lse, entropy, square, mean))
-    lse, entropy, square, mean = sums
-    slope = weight.at(tokens).astype(mx.float32) - mean if gradient else mx.array(0.0)
+        sums = list(_joined(*sums, *here))
+    lse, entropy, square, elsewhere, mean = sums
+    slope = elsewhere * weight.at(tokens).astype(mx.float32) - mean if gradient else mx.array(0.0)
     return [(own - lse)[:, 0], entropy[:, 0], hit.astype(mx.float32)[:, 0], mx.log(square)[:, 0], slope]
 
 
 @mx.compile
-def _probabilities(logits: mx.array, lse: mx.array) -> mx.array:
-    return mx.exp(logits.astype(mx.float32) - lse).astype(logits.dtype)
+def _off_by(logits: mx.array, mine: mx.array, loss: mx.array, columns: mx.array, place: mx.array) -> mx.array:
+    """Probabilities, less 1 at the token's own column where that is among these."""
+    return (mx.exp(logits.astype(mx.float32) - mine - loss) - (columns == place)).astype(logits.dtype)
 
 
 @mx.compile
@@ -240,13 +247,14 @@ def _added(term: Callable[[mx.array], mx.array], logits: mx.array) -> mx.array:
 
 @mx.compile
 def _joined(*given: mx.array) -> list[mx.array]:
-    """(lse, entropy, sum p^2, mean row of the head) of the columns so far, and the same of the next: those of both."""
-    lse, entropy, square, mean, next_lse, next_entropy, next_square, next_mean = given
+    """(lse, entropy, sum p^2, elsewhere, weighted rows) of the columns so far, and the same of the next: of both."""
+    lse, entropy, square, elsewhere, mean, next_lse, next_entropy, next_square, next_elsewhere, next_mean = given
     both = mx.logaddexp(lse, next_lse)
     log_a, log_b = lse - both, next_lse - both
     a, b = mx.exp(log_a), mx.exp(log_b)
     entropy = a * (entropy - log_a) + b * (next_entropy - log_b)
-    return [both, entropy, a * a * square + b * b * next_square, a * mean + b * next_mean.astype(mx.float32)]
+    elsewhere = a * elsewhere + b * next_elsewhere
+    return [both, entropy, a * a * square + b * b * next_square, elsewhere, a * mean + b * next_mean]
 
 
 def _recomputed(head: Head, module: nn.Module | None, hidden: mx.array, tokens: mx.array) -> Rows:
