@@ -26,7 +26,7 @@ def run(model: Any) -> list[str]:
     if token_scores.on_cpu():
         return []
     notes = []
-    for dtype in sorted({x.dtype for _, x in tree_flatten(model.parameters()) if _is_float(x)}, key=str):
+    for dtype in sorted({x.dtype for _, x in _flat(model) if _is_float(x)}, key=str):
         if trouble := trouble_with(dtype):
             name = str(dtype).removeprefix("mlx.core.")
             notes.append(f"kernel token_scores, {name}: {trouble}; slices in float32 are used")
@@ -85,6 +85,11 @@ def _quantised(steps: mx.array, dtype: mx.Dtype) -> Weight:
 def _distance(found: mx.array, right: mx.array) -> float:
     found, right = found.astype(mx.float32), right.astype(mx.float32)
     return (mx.abs(found - right).max() / mx.maximum(mx.abs(right).max(), 1e-30)).item()
+
+
+def _flat(model: Any) -> list[tuple[str, mx.array]]:
+    flat: Any = tree_flatten(model.parameters())
+    return flat
 
 
 def _is_float(x: mx.array) -> bool:
