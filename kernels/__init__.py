@@ -4,7 +4,6 @@
 `install` lets the modules of one model call the fused forms of functions of mlx-lm, after a check on this device.
 """
 
-import os
 from collections.abc import Callable
 from functools import cache
 from types import SimpleNamespace
@@ -13,7 +12,8 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from . import attention, banded_attention, experts, gated_delta, plain_gradient, swiglu
+from .. import noise
+from . import attention, banded_attention, experts, gated_delta, plain_gradient, scores_proof, swiglu
 from .banded_attention import Band
 from .switch import Switch
 
@@ -36,6 +36,7 @@ def install(model: Any) -> Switch:
         left.close()
     switch = Switch()
     object.__setattr__(model, SWITCH, switch)
+    switch.notes += scores_proof.run(model)
     (gated, wrong), (attending, wrong_too) = _swiglu(), _attention()
     for name, trouble in (("swiglu", wrong), ("scaled_dot_product_attention", wrong_too)):
         if trouble:
@@ -208,16 +209,11 @@ def _differs(fused: Callable[..., mx.array], reference: Callable[..., mx.array],
     try:
         for f, g in zip(_values(fused, arrays, weight), _values(reference, arrays, weight), strict=True):
             error = (mx.abs(f - g).max() / mx.maximum(mx.abs(g).max(), 1e-30)).item()
-            if not error <= (TF32_TOLERANCE if _rounds_to_tf32() else TOLERANCE):
+            if not error <= (TF32_TOLERANCE if noise.short_products() else TOLERANCE):
                 return f"differs from its reference by {error:.1e}"
     except Exception as error:  # a kernel that cannot run here must not stop training
         return f"failed ({error})"
     return None
-
-
-def _rounds_to_tf32() -> bool:
-    """Whether float32 matmuls may keep 10 bits only, as an M5's and NVIDIA's do unless told otherwise."""
-    return mx.default_device().type != mx.DeviceType.cpu and os.environ.get("MLX_ENABLE_TF32") != "0"
 
 
 def _values(function: Callable[..., mx.array], arrays: list[mx.array], weight: mx.array) -> list[mx.array]:

@@ -5,6 +5,9 @@ A frozen head runs over slices of the vocabulary with a running maximum and sum 
 arXiv:2205.14135). The same pass sums exp(logit) times the head's rows, so it ends with the gradient of each token's
 log-prob with respect to its hidden state, W[token] - sum_v p_v W[v]. The backward pass is then one multiplication: no
 logits are computed twice, exactly and for every loss, since a loss can only scale that gradient.
+
+There are two forms of it. On a CPU slices stay in a cache, and float32 costs nothing. On a GPU each pass over a slice
+goes through memory: `narrow` makes few, and writes nothing as large as the logits that is wider than they are.
 """
 
 from collections.abc import Callable
@@ -18,6 +21,8 @@ from .exp import exp_values
 Logits = Callable[[mx.array], mx.array]  # hidden [n, D] -> logits [n, V]
 SLICE_BYTES = 1 << 21  # of one slice of logits on a CPU: stays in the cache of a core
 GPU_SLICE_BYTES = 1 << 26
+PARTS = 8  # of a slice that one elementwise kernel adds up, so that only an eighth is written for the sum behind it
+proven: set[mx.Dtype] = set()  # hidden states for which `narrow` was found right on this device, by scores_proof
 
 
 class Head(NamedTuple):
@@ -87,8 +92,9 @@ def fused(head: Head, hidden: mx.array, tokens: mx.array, *, gradient: bool = Tr
     if not tokens.size:
         return Rows(*(mx.zeros((0,)) for _ in Rows._fields))
     if head.rows is not None and head.module is None:
-        return _sliced(head.rows, head.vocabulary, hidden, tokens, gradient, squares)
-    chunk = max(16, (SLICE_BYTES if _on_cpu() else GPU_SLICE_BYTES) // head.vocabulary)  # four slices' worth of rows
+        run = narrow if not on_cpu() and hidden.dtype in proven else _online
+        return sliced(run, head.rows, head.vocabulary, hidden, tokens, gradient, squares)
+    chunk = max(16, (SLICE_BYTES if on_cpu() else GPU_SLICE_BYTES) // head.vocabulary)  # four slices' worth of rows
     parts: list[Rows] = []
     for start in range(0, tokens.shape[0], chunk):
         h, t = hidden[start : start + chunk], tokens[start : start + chunk]
@@ -103,10 +109,20 @@ def available() -> bool:
     return True
 
 
-def _sliced(weight: Weight, vocabulary: int, hidden: mx.array, tokens: mx.array, gradient: bool, squares: bool) -> Rows:
+def sliced(
+    run: Callable[..., list[mx.array]],
+    weight: Weight,
+    vocabulary: int,
+    hidden: mx.array,
+    tokens: mx.array,
+    gradient: bool,
+    squares: bool,
+) -> Rows:
+    """Rows by a form of the pass (`narrow`, `_online`), with the slope that it gives as their gradient."""
+
     @mx.custom_function
     def scores(h: mx.array) -> list[mx.array]:
-        return _online(weight, vocabulary, h, tokens, gradient, squares)
+        return run(weight, vocabulary, h, tokens, gradient, squares)
 
     @scores.vjp
     def backward(primals: mx.array, cotangents: list[mx.array], outputs: list[mx.array]) -> mx.array:
@@ -121,7 +137,7 @@ def _online(
     weight: Weight, vocabulary: int, h: mx.array, tokens: mx.array, gradient: bool, squares: bool
 ) -> list[mx.array]:
     """logps, entropy, correct, log_sum_sq, and the slope [N, D] (a zero where no gradient is asked for)."""
-    size = (SLICE_BYTES if _on_cpu() else GPU_SLICE_BYTES) // (4 * tokens.shape[0])
+    size = (SLICE_BYTES if on_cpu() else GPU_SLICE_BYTES) // (4 * tokens.shape[0])
     size = max(2048, size // 1024 * 1024)
     top = total = weighted = square = slope = hit = None
     own = mx.zeros((tokens.shape[0], 1))
@@ -160,6 +176,87 @@ def _online(
     return [(own - lse)[:, 0], (lse - weighted / total)[:, 0], hit.astype(mx.float32)[:, 0], log_sum_sq, slope]
 
 
+def narrow(
+    weight: Weight, vocabulary: int, h: mx.array, tokens: mx.array, gradient: bool, squares: bool, size: int = 0
+) -> list[mx.array]:
+    """As `_online`, for a GPU; size: columns of a slice, 0 as many as GPU_SLICE_BYTES hold.
+
+    What a slice gives is normalised by the slice's own log-sum-exp, and `_joined` by that of all so far. In a token's
+    own slice 1 is taken from its probability before that is rounded to 16 bits, since a sure token's slope is a small
+    difference; W[token] then has the weight that is `elsewhere`, in the other slices.
+    """
+    size = size or max(2048, GPU_SLICE_BYTES // (h.dtype.size * tokens.shape[0]) // 1024 * 1024)
+    sums: list[mx.array] = []
+    top = own = hit = mx.array(0.0)
+    columns = mx.arange(min(size, vocabulary))
+    for start in range(0, vocabulary, size):
+        stop = min(start + size, vocabulary)
+        if sums:
+            (h,) = mx.depends([h], [*sums, top, own, hit])
+        logits = weight.logits(h, start, stop)
+        place = (tokens - start)[:, None]
+        near = mx.clip(place, 0, stop - start - 1)
+        mine = mx.take_along_axis(logits, near, 1).astype(mx.float32)
+        best = logits.argmax(-1, keepdims=True)
+        high = mx.take_along_axis(logits, best, 1).astype(mx.float32)
+        loss = mx.fast.cross_entropy(logits, near[:, 0])[:, None]
+        lse = mine + loss
+        entropy = _entropy(logits, lse)
+        square = _square_sum(logits, lse) if squares else mx.ones_like(lse)
+        off = _off_by(logits, mine, loss, columns[: stop - start], place) if gradient else None
+        mean = mx.zeros((1, 1)) if off is None else weight.back(off, start, stop)
+        here = [lse, entropy, square, (place != near).astype(mx.float32), mean]
+        if not sums:
+            top, own, hit, sums = high, mine, best == place, here
+            continue
+        own = mx.where(place == near, mine, own)
+        hit = mx.where(high > top, best == place, hit)  # of equal logits the first counts, as argmax takes it
+        top = mx.maximum(top, high)
+        sums = list(_joined(*sums, *here))
+    lse, entropy, square, elsewhere, mean = sums
+    slope = elsewhere * weight.at(tokens).astype(mx.float32) - mean if gradient else mx.array(0.0)
+    return [(own - lse)[:, 0], entropy[:, 0], hit.astype(mx.float32)[:, 0], mx.log(square)[:, 0], slope]
+
+
+@mx.compile
+def _off_by(logits: mx.array, mine: mx.array, loss: mx.array, columns: mx.array, place: mx.array) -> mx.array:
+    """Probabilities, less 1 at the token's own column where that is among these."""
+    return (mx.exp(logits.astype(mx.float32) - mine - loss) - (columns == place)).astype(logits.dtype)
+
+
+@mx.compile
+def _entropy(logits: mx.array, lse: mx.array) -> mx.array:
+    return _added(lambda x: mx.exp(x - lse) * (lse - x), logits)
+
+
+@mx.compile
+def _square_sum(logits: mx.array, lse: mx.array) -> mx.array:
+    return _added(lambda x: mx.exp(2 * (x - lse)), logits)
+
+
+def _added(term: Callable[[mx.array], mx.array], logits: mx.array) -> mx.array:
+    """Sum over a row [n, 1] of a term of each logit, float32. MLX fuses a chain of elementwise operations, no sum."""
+    width = logits.shape[1] // PARTS
+    cut = [logits[:, i * width : (i + 1) * width] for i in range(PARTS)]
+    terms = [term(part.astype(mx.float32)) for part in cut]
+    while len(terms) > 1:  # a tree: chains that are too deep are cut in two
+        terms = [a + b for a, b in zip(terms[::2], terms[1::2], strict=True)]
+    total, rest = terms[0].sum(-1, keepdims=True), logits[:, PARTS * width :]
+    return total + term(rest.astype(mx.float32)).sum(-1, keepdims=True) if rest.shape[1] else total
+
+
+@mx.compile
+def _joined(*given: mx.array) -> list[mx.array]:
+    """(lse, entropy, sum p^2, elsewhere, weighted rows) of the columns so far, and the same of the next: of both."""
+    lse, entropy, square, elsewhere, mean, next_lse, next_entropy, next_square, next_elsewhere, next_mean = given
+    both = mx.logaddexp(lse, next_lse)
+    log_a, log_b = lse - both, next_lse - both
+    a, b = mx.exp(log_a), mx.exp(log_b)
+    entropy = a * (entropy - log_a) + b * (next_entropy - log_b)
+    elsewhere = a * elsewhere + b * next_elsewhere
+    return [both, entropy, a * a * square + b * b * next_square, elsewhere, a * mean + b * next_mean]
+
+
 def _recomputed(head: Head, module: nn.Module | None, hidden: mx.array, tokens: mx.array) -> Rows:
     def run(parameters: dict[str, Any], h: mx.array) -> list[mx.array]:  # arguments, or they get no gradient
         if module is None:
@@ -177,5 +274,6 @@ def _order(tensors: dict[str, mx.array]) -> list[mx.array | None]:
     return [tensors["weight"], tensors["scales"], tensors.get("biases")]
 
 
-def _on_cpu() -> bool:
+def on_cpu() -> bool:
+    """Whether arrays are computed on a CPU."""
     return mx.default_device().type == mx.DeviceType.cpu

@@ -38,15 +38,15 @@ def hints() -> list[str]:
 
 
 def power(battery: str, settings: str) -> list[str]:
-    """What `pmset -g batt` and `pmset -g` say that slows or ends a run."""
+    """What slows or ends a run by what `pmset -g batt` and `pmset -g` say; "" where they say nothing."""
     told = []
     if "'Battery Power'" in battery:
         told.append("this Mac runs on its battery: plug it in, or it slows down and may sleep")
-    values = dict(line.split()[:2] for line in settings.splitlines() if len(line.split()) >= 2)
+    values: dict[str, str] = dict(line.split()[:2] for line in settings.splitlines() if len(line.split()) >= 2)
     if values.get("lowpowermode") == "1" or values.get("powermode") == "1":
         told.append("low power mode is on: training takes longer by half and more; System Settings, Battery")
-    if values.get("sleep", "0") != "0" and "sleep prevented" not in settings:
-        told.append("this Mac may sleep while it trains: `caffeinate -i` before the command keeps it awake")
+    if values.get("sleep") != "0" and "sleep prevented" not in settings:  # unknown, too: nobody loses by caffeinate
+        told.append("this Mac may sleep while it trains: `caffeinate -i mlx-realign train ...` keeps it awake")
     return told
 
 

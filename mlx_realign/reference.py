@@ -14,7 +14,7 @@ from hashlib import blake2b
 import mlx.core as mx
 import numpy as np
 
-from . import blas, fingerprint
+from . import blas, fingerprint, noise
 from .batch import Batch, Example, placed, taken
 from .cache import cache_dir
 from .guard import Fault
@@ -41,6 +41,7 @@ class Reference:
         facts = [VERSION, base, adapter, str(policy.dtype), policy.config, *(["tokens"] if tokens else [])]
         facts += [policy.temperature] if policy.temperature != 1 else []
         facts += [str(mx.default_device().type), blas.in_use().name]  # a home folder may serve several machines
+        facts += ["short products"] if noise.short_products() else []  # the same machine with MLX_ENABLE_TF32=0 too
         self.owner = blake2b(json.dumps(facts, default=str, sort_keys=True).encode(), digest_size=16).hexdigest()
         self.memory: dict[str, np.ndarray] = {}  # what could not be stored
         self.store = self._open()

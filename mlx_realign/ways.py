@@ -14,7 +14,7 @@ windows shorter than they are, against the model's own logits for each row alone
 import mlx.core as mx
 import numpy as np
 
-from . import taps
+from . import noise, taps
 from .decoding import Decoder, Row
 from .errors import said
 from .forward import shrunk_windows
@@ -102,7 +102,7 @@ def _made(policy: Policy, way: str) -> list[Row]:
 
 def _judged(policy: Policy, rows: list[Row]) -> str | None:
     """What is wrong with their log-probs, or None; where the model's own are not finite nothing can be said."""
-    worst = 0.0
+    worst, dtype = 0.0, noise.judged_as(policy.dtype)
     for row in rows:
         text = np.concatenate([row.prompt, np.array(row.tokens, np.int32)])
         logits = policy.model(mx.array(text[None, :-1]))[0, len(row.prompt) - 1 :].astype(mx.float32)
@@ -111,5 +111,5 @@ def _judged(policy: Policy, rows: list[Row]) -> str | None:
         gaps = np.abs(np.array(row.logps, np.float32) - expected)[np.isfinite(expected)]
         gaps = np.where(np.isfinite(gaps), gaps, np.inf)
         if gaps.size:
-            worst = max(worst, float(gaps.max() if policy.dtype == mx.float32 else np.median(gaps)))
-    return None if worst <= LIMIT[policy.dtype] else f"log-probs differ by {worst:.1e} nats"
+            worst = max(worst, float(gaps.max() if dtype == mx.float32 else np.median(gaps)))
+    return None if worst <= LIMIT[dtype] else f"log-probs differ by {worst:.1e} nats"

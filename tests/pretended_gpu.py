@@ -6,8 +6,8 @@ by mlx-lm's plain operations, and raise where a gradient passes through them. Ru
 
     python tests/pretended_gpu.py kimi_linear qwen3_5,linear_key_head_dim=128
 
-prints a row of JSON for each: cells of the grid, kernels met, traces. Settings of config.json may follow a name, and
-quantized=4: the model in 4-bit bfloat16, as grid_packed.py measures it.
+prints a row of JSON for each: cells of the grid, kernels met, traces, dtypes for which the head has the form of a GPU.
+Settings of config.json may follow a name, and quantized=4: the model in 4-bit bfloat16, as grid_packed.py measures it.
 """
 
 import json
@@ -167,7 +167,10 @@ def row(named: str) -> dict[str, Any]:
     met.clear()
     with tempfile.TemporaryDirectory() as folder:
         found = how(arch, Path(folder) / arch)
-    return {"arch": named, "kernels": dict(met), **found}
+    from mlx_realign.kernels import token_scores
+
+    proven = [str(dtype) for dtype in token_scores.proven]
+    return {"arch": named, "kernels": dict(met), "scores": proven, **found}
 
 
 def facts(folder: Path) -> dict[str, Any]:

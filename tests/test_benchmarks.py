@@ -19,6 +19,7 @@ sys.path[:0] = [str(BENCHMARKS), str(BENCHMARKS / "peer_drivers")]
 
 import common  # noqa: E402
 import grpo  # noqa: E402
+import head_bytes  # noqa: E402
 import launch  # noqa: E402
 import make_pairs  # noqa: E402
 import make_prompts  # noqa: E402
@@ -247,3 +248,24 @@ def test_rollouts_of_both_make_their_tokens_and_are_divided_by_the_faster_of_the
     made_up = {name: {**row, "tokens_per_second": n} for n, (name, row) in enumerate(found.items(), 1)}
     last = [line.split()[-1] for line in rollouts.shown("about", made_up).splitlines()[3:]]
     assert last == ["0.25", "0.50", "0.75", "1.00"]
+
+
+def test_bytes_of_the_head_equal_a_count_by_hand():
+    """A bfloat16 head of 49152 x 64 over 512 tokens in one slice; per (token, entry), what is per row left out.
+
+    narrow: the product writes 2; cross entropy and argmax read 2 each; entropy reads 2, writes 0.5 and reads it again;
+    the probabilities take 2 + 2; the second product reads 2. The weight is read twice: 4 x 64 / 512.
+    float32, compiled: 2 + 2 + 4 to float32, argmax 4, exp 4 + 4, sum 4, weighted sum 8, to bfloat16 4 + 2, product 2.
+    """
+    case, near = head_bytes.Case(512, 49152, 64, mx.bfloat16, 0), pytest.approx
+    per_entry = {
+        name: head_bytes.counted(case, form).bytes / (512 * 49152) - 4 * 64 / 512
+        for name, form in head_bytes.FORMS.items()
+    }
+    assert per_entry["narrow"] == near(15, abs=0.1)
+    assert per_entry["rows"] == near(15, abs=0.1)
+    slices = 2  # of float32 in as many bytes: accumulators [512, 64] are as nothing
+    assert per_entry["float32"] == near(40, abs=0.1 * slices)
+    one = head_bytes.counted(case, head_bytes.FORMS["narrow"])
+    assert one.flops == near(2 * 2 * 512 * 49152 * 64)
+    assert head_bytes.counted(case, head_bytes.FORMS["narrow"], fused=False).bytes > 2 * one.bytes

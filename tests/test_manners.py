@@ -45,4 +45,20 @@ def test_what_slows_a_run_is_told():
     assert [word in line for word, line in zip(("battery", "low power", "caffeinate"), told, strict=True)] == [True] * 3
     awake = SETTINGS.format(sleep="1 (sleep prevented by caffeinate)", low=0)
     assert manners.power(ON_MAINS, awake) == []
-    assert manners.power("", "") == []
+    (told,) = manners.power("", "")  # pmset could not be asked
+    assert "`caffeinate -i mlx-realign train" in told
+
+
+def test_a_mac_is_told_and_others_are_not(monkeypatch):
+    said = {"batt": ON_MAINS, "-g": SETTINGS.format(sleep=0, low=0)}
+    monkeypatch.setattr(manners, "_asked", lambda *words: said[words[-1]])
+    monkeypatch.setattr(manners.sys, "platform", "darwin")
+    monkeypatch.delenv(manners.WATCHDOG, raising=False)
+    (told,) = manners.hints()
+    assert told.endswith("AGX_RELAX_CDM_CTXSTORE_TIMEOUT=1 before the command gives it time")
+    monkeypatch.setenv(manners.WATCHDOG, "1")
+    assert manners.hints() == []
+    said["-g"] = SETTINGS.format(sleep=1, low=0)
+    assert ["caffeinate" in line for line in manners.hints()] == [True]
+    monkeypatch.setattr(manners.sys, "platform", "linux")
+    assert manners.hints() == []

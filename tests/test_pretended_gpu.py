@@ -115,6 +115,7 @@ def test_recurrences_experts_and_states_are_right_where_a_gpu_is_believed_in():
     for row in rows[: len(QUICK)]:
         hold(row)
         assert isinstance(row["cells"]["gradient"], float), row["cells"]["gradient"]
+        assert row["scores"] == ["mlx.core.float32"]
         assert QUICK[row["arch"]] <= set(row["kernels"]), f"{row['arch']} met {row['kernels']}"
 
 

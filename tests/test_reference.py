@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from train_tools import cache, pair_rows
 
-from mlx_realign import adapter, data, fingerprint
+from mlx_realign import adapter, data, fingerprint, noise
 from mlx_realign.batch import Example
 from mlx_realign.config import TrainSettings
 from mlx_realign.guard import Fault
@@ -143,6 +143,15 @@ def test_a_changed_template_or_length_misses(ready):
     short = sum(len(a.prompt) != len(b.prompt) for a, b in zip(cut, rows_of(policy), strict=True))
     assert 0 < short < 4
     assert computed(policy, cut) == short
+
+
+def test_rounded_products_are_another_policy(ready, monkeypatch):
+    """A run with MLX_ENABLE_TF32=0 after one without must not be held to the rounded numbers of that one."""
+    policy = ready()
+    rows = rows_of(policy)
+    assert [computed(policy, rows), computed(policy, rows)] == [4, 0]
+    monkeypatch.setattr(noise, "short_products", lambda: True)
+    assert [computed(policy, rows), computed(policy, rows)] == [4, 0]
 
 
 def test_a_changed_adapter_scale_dtype_or_weight_misses(ready, tmp_path):

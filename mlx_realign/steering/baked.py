@@ -19,7 +19,7 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten
 
-from .. import adapter, taps, writers
+from .. import adapter, noise, taps, writers
 from ..ablation import edit
 from ..adapter_fuse import save_model
 from ..adapter_layers import EMBEDDING, matrix_shape
@@ -129,7 +129,7 @@ def arrives(policy: Policy, module: str, block: str, vector: np.ndarray) -> floa
     assert still is not None
     unit = vector / np.linalg.norm(vector)
     size = float(np.median(np.linalg.norm(still, axis=-1)))
-    limit, found = CONSTANT[policy.dtype], []
+    limit, found = CONSTANT[noise.judged_as(policy.dtype)], []
     for length in LENGTHS:
         try:
             moved = run(mx.array((length * size * unit).astype(np.float32)))
@@ -212,7 +212,7 @@ def embedding_adapter(policy: Policy, vector: np.ndarray, output: Path) -> Baked
         change = np.array((reads[1].astype(mx.float32) - reads[0]).astype(mx.float32)).astype(np.float64) / length
         times = float((change @ unit).mean())  # Gemma multiplies its embeddings
         gap = np.linalg.norm(change - times * unit, axis=-1).max()
-        if not times or gap > CONSTANT[policy.dtype] * abs(times):
+        if not times or gap > CONSTANT[noise.judged_as(policy.dtype)] * abs(times):
             raise UserError("--to mlx-lm: what block 0 reads is not the embedding alone: the vector would not arrive.")
         set_vector(model, paths[0], vector / times)
         adapter.save(model, output, base_model=policy.name)

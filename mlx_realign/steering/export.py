@@ -21,7 +21,7 @@ from typing import Literal
 import mlx.core as mx
 import numpy as np
 
-from .. import distributions, files, gguf_vectors, vectors
+from .. import distributions, files, gguf_vectors, noise, vectors
 from ..errors import UserError
 from ..policy import Policy
 from ..vectors import About, Direction
@@ -188,7 +188,7 @@ def verified(policy: Policy, expected: mx.array, effect: float) -> str:
     """What to say of an export that was run. UserError where it does not do what the steered model does."""
     gap = float(mx.abs(log_probs(policy) - expected).max())
     told = f"largest difference of a log-prob {gap:.1e} nats, where steering moves them by {effect:.2g}"
-    if not gap <= TOLERANCE * effect + ROUNDING[policy.dtype]:
+    if not gap <= TOLERANCE * effect + ROUNDING[noise.judged_as(policy.dtype)]:
         raise UserError(told)
     return f"verified on random tokens, loaded again, against the model in memory: {told}"
 
