@@ -40,7 +40,7 @@ def scores_of(batch: Batch, dtype: mx.Dtype) -> Scores:
     token = [mx.where(batch.mask, said(batch.completion, places, i, -3.0, dtype), 0) for i in range(3)]
     width = batch.prompt.shape[1]
     before_end = width - np.arange(1, width)
-    real = mx.arange(1, width)[None] > batch.prompt_pad[:, None]
+    real = mx.arange(1, width)[None] > batch.pad[:, None]
     prompt = mx.where(real, said(batch.prompt[:, 1:], before_end, 3, -4.0, dtype), 0)
     hits = (token[0] > -0.5).astype(mx.float32) * batch.mask
     return Scores(token[0], -token[1], hits, token[2], prompt)

@@ -109,7 +109,7 @@ PAIRS = [
 def test_a_batch_is_padded_as_written_by_hand():
     batch = data.collate(PAIRS, pad_id=99)
     assert batch.prompt.tolist() == [[1, 2, 3], [99, 99, 7]]
-    assert batch.prompt_pad.tolist() == [0, 2]
+    assert batch.pad.tolist() == [0, 2]
     assert batch.completion.tolist() == [[4, 5, 99], [6, 99, 99], [8, 9, 8], [9, 9, 99], [4, 99, 99]]
     assert batch.row_prompt.tolist() == [0, 0, 1, 1, 1]
     assert batch.mask.astype(mx.int32).tolist() == [[1, 1, 0], [1, 0, 0], [1, 0, 1], [1, 1, 0], [1, 0, 0]]
@@ -133,7 +133,7 @@ def test_widths_round_columns_and_positions_up():
     batch = data.collate(PAIRS, width=lambda n: -(-n // 4) * 4)
     assert batch.prompt.shape == (2, 4)
     assert batch.completion.shape == (5, 4)
-    assert batch.prompt_pad.tolist() == [1, 3]
+    assert batch.pad.tolist() == [1, 3]
     assert batch.positions.tolist() == [0, 1, 4, 8, 10, 12, 13, 16]
     nine = data.collate([*PAIRS, example([5], completion(-1))], width=lambda n: -(-n // 4) * 4)
     assert nine.positions.tolist() == [0, 1, 4, 8, 10, 12, 13, 16, 20, 2, 3, 5]

@@ -301,7 +301,7 @@ def test_a_batch_of_rows_with_and_without_responses():
 def test_a_batch_of_prompts_alone_has_no_completion():
     dataset = load_rows([{"prompt": "a"}, {"prompt": "a b"}], words_tokenizer("chatml"), "groups")
     batch = data.collate(list(dataset), width=wide)
-    assert batch.prompt.shape == (2, 16) and batch.prompt_pad.tolist() == [7, 5]
+    assert batch.prompt.shape == (2, 16) and batch.pad.tolist() == [7, 5]
     assert [len(x) for x in (batch.completion, batch.row_prompt, batch.mask, batch.positions)] == [0, 0, 0, 0]
     assert batch.positions.dtype == mx.int32 and batch.extras["row"].shape == (0,)
 
