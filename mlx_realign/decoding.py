@@ -164,6 +164,9 @@ class Decoder:
         self.board.grouped, self.board.lent = grouped, lends(policy)
         self.caches = [GroupCache(self.board, window) for window in windows(policy.model)]
         self.seen: mx.array | None = None
+        self.ahead = policy.exact  # whether a step is begun before the tokens of the last one are read
+        self.begun: tuple[mx.array, mx.array] | None = None  # tokens and log-probs of the step that is under way
+        self.before: Any = None  # what it began with, as far as it is not written over
         self.compiled = mx.compile(self._compute, inputs=[policy.model.state]) if policy.compiled else None
 
     @property
@@ -178,6 +181,7 @@ class Decoder:
     def exchange(self, kept: Sequence[Row], new: Sequence[Row]) -> None:
         """Only `kept` rows stay, in their order; new ones join, their prompts computed once per group."""
         board = self.board
+        self._undo()
         at = [board.rows.index(row) for row in kept]
         groups = list(dict.fromkeys(row.group for row in kept))
         prompts = [int(board.row_prompt[at[[row.group for row in kept].index(g)]]) for g in groups]
@@ -205,20 +209,41 @@ class Decoder:
 
     def step(self) -> None:
         """The next token of every row, with its log-prob, appended to it."""
-        board = self.board
+        rows = self.board.rows
+        tokens, logps = self.begun or self._begin()
+        self.begun = None
+        if self.ahead and any(len(row.tokens) + 1 < len(row.uniform) and not row.done for row in rows):
+            self.begun = self._begin(tokens)
+        for row, token, logp in zip(rows, np.array(tokens).tolist(), np.array(logps).tolist(), strict=True):
+            row.tokens.append(token)
+            row.logps.append(logp)
+
+    def _begin(self, last: mx.array | None = None) -> tuple[mx.array, mx.array]:
+        """Tokens and log-probs of a step that the device has begun. last: int32 [B], tokens that no row knows yet."""
+        board, unread = self.board, int(last is not None)
         board.begin()
         for cache in self.caches:
             cache.reserve()
-        last = [row.tokens[-1] if row.tokens else int(row.prompt[-1]) for row in board.rows]
-        uniform = [row.uniform[min(len(row.tokens), len(row.uniform) - 1)] for row in board.rows]
-        fed = mx.array(last, mx.int32), mx.array(np.array(uniform, np.float32))
-        tokens, logps = self._compiled(*fed) if self.compiled and board.asked else self._next(*fed)
-        mx.eval(tokens, logps, self.seen, [(cache.own, cache.notes) for cache in self.caches])
-        for row, token, logp in zip(board.rows, np.array(tokens).tolist(), np.array(logps).tolist(), strict=True):
-            row.tokens.append(token)
-            row.logps.append(logp)
+        self.before = self.seen, [cache.notes for cache in self.caches]
+        if last is None:
+            last = mx.array([row.tokens[-1] if row.tokens else int(row.prompt[-1]) for row in board.rows], mx.int32)
+        places = [min(len(row.tokens) + unread, len(row.uniform) - 1) for row in board.rows]
+        uniform = np.array([row.uniform[place] for row, place in zip(board.rows, places, strict=True)], np.float32)
+        fed = last, mx.array(uniform)
+        found = self._compiled(*fed) if self.compiled and board.asked else self._next(*fed)
+        mx.async_eval(found, self.seen, [(cache.own, cache.notes) for cache in self.caches])
         board.column += 1
         board.held = board.held + 1
+        return found
+
+    def _undo(self) -> None:
+        """Forget a step whose tokens no row knows: rows come and go, and the others take it again."""
+        if self.begun:
+            self.begun, (self.seen, notes) = None, self.before
+            for cache, kept in zip(self.caches, notes, strict=True):
+                cache.notes = kept
+            self.board.column -= 1
+            self.board.held = self.board.held - 1
 
     def _next(self, last: mx.array, uniform: mx.array) -> tuple[mx.array, mx.array]:
         hidden = self.policy.body.hidden(last[:, None], self.caches)

@@ -5,10 +5,17 @@ import json
 import random
 import subprocess
 import sys
+from collections import Counter
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
 import pytest
+
+from mlx_realign import sums
+from mlx_realign.policy import Policy
+from mlx_realign.workers import Workers
 
 HERE = Path(__file__).parent
 WORDS = "the cat sat on a mat and then it ran off to see what was there by the old red house in a wood".split()
@@ -85,3 +92,45 @@ def test_pairs_and_groups_have_the_same_losses_and_gradients(tmp_path: Path):
 @pytest.mark.slow
 def test_all_other_methods_have_the_same_losses_and_gradients(tmp_path: Path):
     compared(SLOW, tmp_path)
+
+
+def test_a_step_waits_once_for_each_of_its_parts_and_reads_one_array(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """The next micro-batch is made while the device computes the last one, so nothing else may ask for numbers."""
+    train: Any = import_module("mlx_realign.train")
+    counts: Counter[str] = Counter()
+    steps: list[Counter[str]] = []
+
+    def counted(module: Any, name: str) -> None:
+        original = getattr(module, name)
+
+        def call(*arguments: Any, **options: Any) -> Any:
+            counts[name] += 1
+            return original(*arguments, **options)
+
+        monkeypatch.setattr(module, name, call)
+
+    for module, name in ((mx, "eval"), (mx, "async_eval"), (sums, "averages"), (sums, "number_of")):
+        counted(module, name)
+    for name in ("averages", "number_of"):
+        monkeypatch.setattr(train, name, getattr(sums, name))
+    step = train.Loop.step
+
+    def one(self: Any) -> dict[str, Any]:
+        self.policy.workers = Workers(1)
+        counts.clear()
+        row = step(self)
+        steps.append(Counter(counts))
+        return row
+
+    monkeypatch.setattr(train.Loop, "step", one)
+    prepare = Policy.prepare_for
+
+    def prepared(self: Policy, *arguments: Any) -> None:
+        self.exact = True
+        prepare(self, *arguments)
+
+    monkeypatch.setattr(Policy, "prepare_for", prepared)
+    run("orpo", {"steps": 5, "batch_size": 2}, tmp_path / "counted")
+    for found in steps[1:]:  # the first also proves that weights move
+        assert found["averages"] == 1 and found["number_of"] == 0
+        assert found["async_eval"] == 5 and found["eval"] == 3  # 2 micro-batches of 2 rows: 4 parts and the update
