@@ -165,7 +165,7 @@ class Decoder:
         self.caches = [GroupCache(self.board, window) for window in windows(policy.model)]
         self.seen: mx.array | None = None
         self.ahead = policy.exact  # whether a step is begun before the tokens of the last one are read
-        self.begun: tuple[mx.array, mx.array] | None = None  # tokens and log-probs of the step that is under way
+        self.coming: tuple[mx.array, mx.array] | None = None  # tokens and log-probs of the step that is under way
         self.before: Any = None  # what it began with, as far as it is not written over
         self.compiled = mx.compile(self._compute, inputs=[policy.model.state]) if policy.compiled else None
 
@@ -210,10 +210,10 @@ class Decoder:
     def step(self) -> None:
         """The next token of every row, with its log-prob, appended to it."""
         rows = self.board.rows
-        tokens, logps = self.begun or self._begin()
-        self.begun = None
+        tokens, logps = self.coming or self._begin()
+        self.coming = None
         if self.ahead and any(len(row.tokens) + 1 < len(row.uniform) and not row.done for row in rows):
-            self.begun = self._begin(tokens)
+            self.coming = self._begin(tokens)
         for row, token, logp in zip(rows, np.array(tokens).tolist(), np.array(logps).tolist(), strict=True):
             row.tokens.append(token)
             row.logps.append(logp)
@@ -238,8 +238,8 @@ class Decoder:
 
     def _undo(self) -> None:
         """Forget a step whose tokens no row knows: rows come and go, and the others take it again."""
-        if self.begun:
-            self.begun, (self.seen, notes) = None, self.before
+        if self.coming:
+            self.coming, (self.seen, notes) = None, self.before
             for cache, kept in zip(self.caches, notes, strict=True):
                 cache.notes = kept
             self.board.column -= 1

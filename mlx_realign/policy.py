@@ -5,8 +5,6 @@
 in chunks at trained positions only.
 """
 
-import gc
-import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import cached_property
@@ -16,10 +14,9 @@ from typing import Any
 import mlx.core as mx
 from mlx.utils import tree_flatten, tree_map
 
-from . import adapter, balance, blas, compiled, fingerprint, forward, loading, manners, reach
+from . import adapter, balance, blas, compiled, fingerprint, forward, loading, manners, owners, reach
 from .batch import Batch, LossOutput, Scores
 from .config import TrainSettings
-from .errors import UserError
 from .head import Body
 from .kernels import install, token_scores
 from .workers import Workers, cores, known_thread
@@ -47,7 +44,7 @@ class Policy:
         self.start: dict[str, mx.array] = {}
         self._starts_at_base: bool | None = None
         self.exact = not loading.on_cpu()  # whether a run lays its rows out without masks and padding before prompts
-        _refuse_second(self.model)
+        owners.refuse_second(self.model)
         with loading.one_line(name, self.config):
             self.sharing, self.even = self.shares()
             self.stateful = forward.stateful(self.model) or forward.several(self.model)  # its caches are mlx-lm's own
@@ -57,8 +54,8 @@ class Policy:
         if loading.on_cpu() and blas.in_use().wanting and (line := blas.in_use().line()):
             self.notes.append(line)
             blas.warn()
-        _live.add(self)
-        blas.set_usual_threads(cores() if any(one.parameters >= SMALL for one in _live) else 1)
+        owners.alive.add(self)
+        blas.set_usual_threads(cores() if any(one.parameters >= SMALL for one in owners.alive) else 1)
         self.refresh()
         with loading.one_line(name, self.config):
             self.reach = reach.find(self.model, self.config, self.vocabulary)
@@ -371,19 +368,6 @@ class Policy:
         from mlx_lm.utils import get_total_parameters
 
         return get_total_parameters(self.model)
-
-
-_live: weakref.WeakSet[Policy] = weakref.WeakSet()
-
-
-def _refuse_second(model: Any) -> None:
-    """UserError where a policy has this model: a second would freeze what the first trains, and share its adapter."""
-    others = lambda: [one for one in _live if one.model is model and not one.kernels.closed]  # noqa: E731
-    if others() and gc.collect() >= 0 and others():  # one that nobody holds may still be in a cycle
-        raise UserError(
-            f"this model serves the policy {others()[0].name!r} already, and two would train and switch the same "
-            "modules: use that one, call its close() first, or load the model again."
-        )
 
 
 def _sum(results: list[Any]) -> Any:

@@ -194,7 +194,7 @@ def test_a_step_begun_ahead_gives_the_same_completions(
         def stepped(self: decoding.Decoder, ahead: bool = ahead) -> None:
             self.ahead = ahead
             step(self)
-            begun.append(self.begun is not None)
+            begun.append(self.coming is not None)
 
         monkeypatch.setattr(decoding.Decoder, "step", stepped)
         sampling = Sampling(max_new_tokens=12, **asked)  # pyright: ignore[reportArgumentType]
