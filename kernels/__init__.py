@@ -190,6 +190,11 @@ def _attention_of(
         lent = getattr(keys, "attend", None)  # keys of a layer that lends them
         if attend := getattr(cache, "attend", None) or lent:
             return attend(queries, scale=scale, mask=mask, sinks=sinks)
+        if hasattr(cache, "pack"):  # of documents alone, each in a row
+            apart = [cache.apart(x) for x in (queries, keys, values)]
+            short = isinstance(mask, Band) and mask.window < apart[0].shape[2]
+            found = scaled_dot_product_attention(*apart, None, scale, mask if short else "causal", sinks)
+            return cache.together(found)
         if isinstance(mask, Band):
             attend_blocks = fused if switch.on else None
             return banded_attention.fused(

@@ -32,6 +32,14 @@ class Strip(NamedTuple):
     tokens: mx.array  # int32 [r, W] what is fed for them
 
 
+class Pack(NamedTuple):
+    """The rows of a batch as they lie in packed ones; see packing."""
+
+    tokens: mx.array  # int32 [K, W] what is fed
+    documents: mx.array  # int32 [R, Lc] where each fed token lies in them, flat; K * W where a row has ended
+    back: mx.array  # int32 [K * W] the other way: flat in [R, Lc], R * Lc where a packed row is not filled
+
+
 class Batch(NamedTuple):
     """P prompts x R completions.
 
@@ -49,6 +57,7 @@ class Batch(NamedTuple):
     extras: dict[str, mx.array]  # ref_logps float32 [R], advantages ... only what the method needs
     lead: mx.array | None = None  # int32 [P], of an exact batch: tokens of the prompt in front of each completion
     strips: tuple[Strip, ...] = ()  # every completion in one of them; none: all side by side
+    pack: Pack | None = None  # of an exact batch that shares nothing
     planned: bool = True  # whether its shapes are among those that come again; others are not worth a trace
 
     @property

@@ -38,6 +38,8 @@ class TrainSettings:
     """Prompts per micro-batch."""
     batch_tokens: int | None = None
     """Most padded tokens per micro-batch; longer batches are split. Default: no limit."""
+    pack: bool = False
+    """Lay the rows of a micro-batch side by side, so that next to no token is padding; sft only."""
     gradient_accumulation: int = 1
     """Micro-batches per optimizer step, weighted by their tokens or pairs."""
     learning_rate: float | None = None

@@ -149,7 +149,9 @@ class Feed:
 
     def bare(self, examples: list[Example]) -> Batch:
         """The batch of these rows, as data alone makes it."""
-        return self.layout.lay(examples) if self.layout else data.collate(examples, width=self.width)
+        if self.layout:
+            return self.layout.lay(examples)
+        return data.collate_exact(examples, 0) if self.policy.packing else data.collate(examples, width=self.width)
 
     def probe(self) -> Sequence[Example] | data.Dataset:
         """Rows with completions at which the KL to the start is measured."""

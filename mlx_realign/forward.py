@@ -21,7 +21,17 @@ from mlx_lm.models.cache import ArraysCache, CacheList, KVCache, RotatingKVCache
 from . import balance, calls, taps
 from .batch import Batch, Strip
 from .errors import said
-from .prompt_caches import PromptReader, PromptRecorder, StateReader, StateRecorder, read, record, window_of
+from .prompt_caches import (
+    PackedRows,
+    PromptReader,
+    PromptRecorder,
+    StateReader,
+    StateRecorder,
+    moved,
+    read,
+    record,
+    window_of,
+)
 
 STOPS = "the model's code stops there"
 BY_LENGTH = ("DynamicNTKScalingRoPE",)  # in mlx-lm: they scale positions by how far the pass that they see goes
@@ -49,8 +59,8 @@ def shareable(model: nn.Module, *, padded: bool) -> str | None:
     kinds = {type(entry) for entry in calls.caches(make_prompt_cache(model))} - {KVCache, RotatingKVCache, ArraysCache}
     if kinds:
         return f"its cache holds {', '.join(sorted(kind.__name__ for kind in kinds))}"
-    if any(type(module).__name__ in BY_LENGTH for module in model.modules()):
-        return "its positions depend on how long the whole text is"
+    if why := by_length(model):
+        return why
     if padded and stateful(model):
         return "its states would be others"
     token, rows = mx.zeros((5, 2), mx.int32), mx.zeros(5, mx.int32)  # one row would be broadcast to any shape
@@ -61,6 +71,12 @@ def shareable(model: nn.Module, *, padded: bool) -> str | None:
     except Exception as error:  # whatever an architecture raises, its rows are computed alone
         return f"{STOPS} ({said(error)})"
     return None
+
+
+def by_length(model: nn.Module) -> str | None:
+    """Why a text may not be computed in pieces or beside others, where its positions forbid that."""
+    scaled = any(type(module).__name__ in BY_LENGTH for module in model.modules())
+    return "its positions depend on how long the whole text is" if scaled else None
 
 
 def stateful(model: nn.Module) -> bool:
@@ -115,6 +131,12 @@ def shared(model: nn.Module, hidden: Hidden, batch: Batch) -> States:
 
 def _rows(model: nn.Module, hidden: Hidden, batch: Batch) -> States:
     """Of an exact batch that shares nothing: every row begins with its text's first token."""
+    if batch.pack is not None:
+        caches = [PackedRows(batch.pack, window) for window in windows(model)]
+        packed = hidden(batch.pack.tokens, caches)
+        flat = moved(packed.reshape(-1, packed.shape[-1]), batch.pack.documents, batch.pack.back)
+        found = flat.reshape(*batch.completion.shape, -1)
+        return States(found, mx.zeros((batch.prompt.shape[0], 0, found.shape[2]), found.dtype))
     shortest = min((window for window in windows(model) if window), default=None)
 
     def run(strip: Strip) -> mx.array:

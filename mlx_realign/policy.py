@@ -14,7 +14,7 @@ from typing import Any
 import mlx.core as mx
 from mlx.utils import tree_flatten, tree_map
 
-from . import adapter, balance, blas, compiled, fingerprint, forward, loading, manners, owners, reach
+from . import adapter, balance, blas, compiled, fingerprint, forward, loading, manners, owners, packing, reach
 from .batch import Batch, LossOutput, Scores
 from .config import TrainSettings
 from .head import Body
@@ -40,6 +40,7 @@ class Policy:
         self.needs: frozenset[str] = frozenset()
         self.router_aux_loss_coef = 0.0  # of the load-balancing loss; `refresh` makes a change of it count
         self.temperature = 1.0  # logits are divided by it wherever log-probs are taken
+        self.packing = False  # whether rows of exact batches that share nothing are packed
         self.tried: dict[str, str | None] = {}  # ways of generating: what is wrong with each, None if nothing; see ways
         self.start: dict[str, mx.array] = {}
         self._starts_at_base: bool | None = None
@@ -242,7 +243,8 @@ class Policy:
         self.reach.refuse_arrays("batch", (batch.prompt, batch.completion), self.tokenizer)
         if self.workers.pool:
             mx.eval(self.model.state)  # what is pending belongs to this thread: workers could not evaluate it
-        return self.workers.map(batch, build, wait=wait)
+        packed = (lambda part: build(packing.pack(part))) if self.packing else build
+        return self.workers.map(batch, packed, wait=wait)
 
     def _loss(self, batch: Batch, loss: Loss, *, gradient: bool = False) -> LossOutput:
         """The method's loss, and the load-balancing loss where it is asked for."""

@@ -14,6 +14,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.cache import ArraysCache, CacheList, make_prompt_cache
 
+from .batch import Pack
 from .kernels import Band
 
 Mask = mx.array | str | None
@@ -59,6 +60,41 @@ class PromptReader:
 
     def make_mask(self, n: int, return_array: bool = False, window_size: int | None = None) -> Mask:
         return _mask(self.prefix, n, self.pad, window_size or self.window, return_array)
+
+
+class PackedRows(PromptRecorder):
+    """Of one layer's attention while packed rows are computed; attention (`kernels`) asks it to take them apart."""
+
+    def __init__(self, pack: Pack, window: int | None) -> None:
+        super().__init__(None, window)
+        self.pack = pack
+
+    def apart(self, x: mx.array) -> mx.array:
+        """[R, H, Lc, D] of x [K, H, W, D]."""
+        rows, columns = self.pack.documents.shape
+        flat = moved(x.swapaxes(1, 2).reshape(-1, x.shape[1] * x.shape[3]), self.pack.documents, self.pack.back)
+        return flat.reshape(rows, columns, x.shape[1], x.shape[3]).swapaxes(1, 2)
+
+    def together(self, x: mx.array) -> mx.array:
+        """[K, H, W, D] of x [R, H, Lc, D]."""
+        rows, columns = self.pack.tokens.shape
+        flat = moved(x.swapaxes(1, 2).reshape(-1, x.shape[1] * x.shape[3]), self.pack.back, self.pack.documents)
+        return flat.reshape(rows, columns, x.shape[1], x.shape[3]).swapaxes(1, 2)
+
+
+def moved(x: mx.array, to: mx.array, back: mx.array) -> mx.array:
+    """[m, D]: row to[i] of x [n, D], zeros where that is n. back: the inverse, so that the gradient is no scatter."""
+
+    @mx.custom_function
+    def move(x: mx.array) -> mx.array:
+        return mx.pad(x, [(0, 1), (0, 0)])[to.reshape(-1)]
+
+    @move.vjp
+    def gradient(primals: mx.array, cotangent: mx.array, output: mx.array) -> mx.array:
+        return mx.pad(cotangent, [(0, 1), (0, 0)])[back.reshape(-1)]
+
+    found: Any = move(x)
+    return found
 
 
 class StateRecorder(ArraysCache):

@@ -18,7 +18,7 @@ from mlx.utils import tree_flatten, tree_map
 
 from . import adapter, compiled, data, forward, noise, selfcheck_reference
 from .batch import Batch, Completion, Example, LossOutput, Scores, placed, taken
-from .errors import said
+from .errors import UserError, said
 from .forward import STOPS, shrunk_windows
 from .policy import Policy
 from .selfcheck_reference import nudged, weights_of
@@ -190,6 +190,31 @@ def _measure(policy: Policy, batch: Batch) -> dict[str, mx.array]:
         found = mx.array(np.stack([np.pad(row, (0, batch.mask.shape[1] - len(row))) for row in own]))
     slopes: Any = tree_flatten(grads)
     return {"log-probs": found, **{f"the gradient of {k}": v for k, v in slopes}}
+
+
+def set_packing(policy: Policy, *, on: bool) -> None:
+    """Have the policy pack its rows, or not. UserError where packed rows of this model are not what each is alone."""
+    policy.packing = False
+    if not on:
+        return
+    rng = np.random.default_rng(0)
+    draw = lambda n: rng.integers(3, max(4, policy.vocabulary - 1), n).astype(np.int32)  # noqa: E731
+    rows = [Example(draw(3), (Completion(draw(n), np.ones(n, bool)),), 0, "", {}) for n in (5, 9, 2, 7)]
+    batch, found = data.collate_exact(rows, 0), []
+    why = "some layers sum up all tokens in a state" if policy.stateful else forward.by_length(policy.model)
+    try:
+        with shrunk_windows(policy.model):
+            for policy.packing in () if why else (False, True):
+                found.append(np.array(policy.token_logps(batch)))
+        gap = float(np.abs(found[0] - found[1]).max()) if found else 0.0
+        if not gap <= LIMIT[noise.judged_as(policy.dtype)]:
+            why = f"log-probs of packed rows differ by {gap:.1e} nats"
+    except Exception as error:  # whatever an architecture raises
+        why = said(error)
+    if why:
+        policy.packing = False
+        kind = policy.config.get("model_type")
+        raise UserError(f"--pack: {kind} models cannot be trained on packed rows ({why}): leave it out")
 
 
 def _exact(batch: Batch, prompt: int, sharing: bool) -> Batch:

@@ -88,6 +88,7 @@ def run(
         with reporter.waiting(f"loading {settings.model}"):
             policy = prepare.ready(policy, settings)
             checks = selfcheck.run(policy)
+            selfcheck.set_packing(policy, on=settings.pack)
         for line in filter(blas.untold, (*policy.notes, *checks.notes, *methods.notes(module, own))):
             reporter.say(line)
         load = prepare.loader(policy, module, settings)

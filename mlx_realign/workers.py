@@ -79,7 +79,7 @@ class Workers:
 
         wait: False leaves that to the caller where there is one worker.
         """
-        whole = self.pool is None or batch.prompt_pad is None  # an exact batch is a part already
+        whole = self.pool is None or bool(batch.strips)  # that is a part already
         if self.pool is None and not wait:
             known_thread()
             return [build(batch)]
@@ -150,7 +150,9 @@ def split(batch: Batch, parts: int) -> list[Batch]:
         )
         extras = {name: _part(value, mine, own, len(prompt), len(rows), width) for name, value in batch.extras.items()}
         made = [mx.array(x if x.dtype == bool else x.astype(np.int32)) for x in arrays]
-        found.append(Batch(*made, extras=extras))
+        part = Batch(*made, extras=extras)
+        exact = batch.prompt_pad is None
+        found.append(part._replace(prompt_pad=None, lead=batch.ahead[mx.array(mine)]) if exact else part)
     return found
 
 
