@@ -92,9 +92,6 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
 def job_of(a: argparse.Namespace) -> Job:
     """The job that the flags ask for; Missing where an earlier result is another machine's or commit's."""
     size = SIZES[a.kind]
-    if a.small and (folder := cached_smollm2()).is_dir():
-        here = Model((str(folder),), 0.0)
-        size = dataclasses.replace(size, model=here, checked=(*size.checked, here))
     if a.model:
         size = dataclasses.replace(size, model=own(a.model))
     if a.models:
@@ -109,11 +106,6 @@ def job_of(a: argparse.Namespace) -> Job:
             raise Missing(f"{a.output}/result.json is of another commit or kind of run: take another --output")
         job.result = known | {"ended": None, "ended_by": None}
     return job
-
-
-def cached_smollm2() -> Path:
-    """Where benchmarks/smollm2.py puts its model."""
-    return Path(os.environ.get("MLX_REALIGN_CACHE", Path.home() / ".cache/mlx_realign")) / "models/SmolLM2-135M-Instruct"
 
 
 def own(name: str) -> Model:
@@ -136,7 +128,7 @@ def told(job: Job, names: list[str], output: Path) -> str:
     downloads = sum(model.download_gb for model in models) + sum(DONE_BY[name].packages_gb for name in names)
     downloads -= DONE_BY["setup"].packages_gb if job.given else 0.0
     downloads -= DONE_BY["peers"].packages_gb if "peers" in names and not job.size.downloads else 0.0
-    head = f"mlx-realign measures this machine ({job.kind}): {minutes:.0f} minutes, at most {downloads:.1f} GB downloaded"
+    head = f"mlx-realign measures this machine ({job.kind}): {minutes:.0f} minutes, downloads {downloads:.1f} GB at most"
     tail = f"All is kept in {output}; the result is {output}/result.json. Ctrl-C ends it, the same command goes on."
     advice = "Plug the machine in, close other programs, and leave it alone." if mac_facts.MAC else ""
     return "\n".join(filter(None, [head, *lines, tail, advice]))
