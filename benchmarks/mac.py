@@ -20,6 +20,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -128,7 +129,7 @@ def told(job: Job, names: list[str], output: Path) -> str:
     downloads = sum(model.download_gb for model in models) + sum(DONE_BY[name].packages_gb for name in names)
     downloads -= DONE_BY["setup"].packages_gb if job.given else 0.0
     downloads -= DONE_BY["peers"].packages_gb if "peers" in names and not job.size.downloads else 0.0
-    head = f"mlx-realign measures this machine ({job.kind}): {minutes:.0f} minutes, downloads {downloads:.1f} GB at most"
+    head = f"mlx-realign measures this machine ({job.kind}): {minutes:.0f} minutes, {downloads:.1f} GB to download"
     tail = f"All is kept in {output}; the result is {output}/result.json. Ctrl-C ends it, the same command goes on."
     advice = "Plug the machine in, close other programs, and leave it alone." if mac_facts.MAC else ""
     return "\n".join(filter(None, [head, *lines, tail, advice]))
@@ -138,7 +139,7 @@ def do(job: Job, names: list[str]) -> None:
     """Part after part; one that fails is told, and the next one goes on."""
     for name in names:
         known = job.result["parts"].get(name)
-        if known and known["status"] == "done":
+        if known and known["status"] == "done" and name != "setup":  # its environment may be gone
             say(f"{name}: done in an earlier run")
             continue
         say(f"{name}: {DONE_BY[name].about}")
@@ -208,8 +209,15 @@ def main(argv: list[str] | None = None) -> int:
         if not sys.stdin.isatty():
             say("error: nobody to ask; --yes goes on without")
             return 2
-        if input("Go on? [y/N] ").strip().lower() not in ("y", "yes"):
-            return 0
+        with suppress(EOFError, KeyboardInterrupt):
+            if input("Go on? [y/N] ").strip().lower() in ("y", "yes"):
+                return measured(job, names, a.keep)
+        return 0
+    return measured(job, names, a.keep)
+
+
+def measured(job: Job, names: list[str], keep: bool) -> int:
+    """All of it, until a signal ends it; the exit code."""
     asked: list[int] = []
 
     def end(number: int, _: Any) -> None:
@@ -225,7 +233,7 @@ def main(argv: list[str] | None = None) -> int:
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             signal.signal(number, signal.SIG_IGN)  # the result is being written
         job.result["ended_by"] = signal.Signals(asked[-1]).name
-    code = finish(job, a.keep)
+    code = finish(job, keep)
     return 128 + asked[-1] if asked else code
 
 

@@ -102,7 +102,8 @@ def _environment(job: Job, venv: Path) -> None:
         raise Missing(clean(str(error), job.work).splitlines()[-1]) from error
     pip = [venv / "bin/python", "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
     (job.work / "made-egg-info").write_text("" if before else "yes")  # only what was made here is taken away again
-    if job.measure({"environment": "made"}, [*pip, *wanted, "--editable", f"{ROOT}{extra}"], lambda *_: found) is None:
+    words = [*pip, *wanted, "--editable", f"{ROOT}{extra}"]
+    if job.measure({"environment": "made"}, words, lambda *_: found, again=True) is None:
         raise Missing("the packages could not be installed; no other part can run")
 
 
@@ -117,9 +118,9 @@ def undo(job: Job) -> None:
 
 
 def memory_gb() -> float | None:
-    """Of this machine."""
+    """Of this machine, as it is sold: GB of 2**30 bytes."""
     try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     except (ValueError, OSError):
         return None
 

@@ -28,13 +28,15 @@ LOG_LINES = 12
 WEIGHTS = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
 
 FETCH = """
-import sys
+import glob, sys
 from huggingface_hub import snapshot_download
 name, folder, *wanted = sys.argv[1:]
 try:
-    print(snapshot_download(name, local_files_only=True, allow_patterns=wanted))
+    own = snapshot_download(name, local_files_only=True, allow_patterns=wanted)
 except Exception:
-    print(snapshot_download(name, cache_dir=folder, allow_patterns=wanted))
+    own = ""
+whole = own and glob.glob(own + "/*.safetensors") and glob.glob(own + "/tokenizer*")
+print(own if whole else snapshot_download(name, cache_dir=folder, allow_patterns=wanted))
 """
 
 
@@ -130,7 +132,8 @@ class Job:
         """An entry in the place of an earlier one of the same."""
         known = self.entry(of)
         made = {"of": dict(of), "status": status, "reason": reason, "command": None, "seconds": None, "found": None}
-        made |= more
+        made |= json.loads(clean(json.dumps(more, ensure_ascii=False), self.work))
+        made["reason"] = reason and clean(reason, self.work)
         if known is None:
             self.entries.append(made)
         else:
@@ -153,16 +156,17 @@ class Job:
         limit: float | None = None,
         watch: Callable[[int], None] = lambda pid: None,
         ended: bool = False,
+        again: bool = False,
     ) -> dict[str, Any] | None:
         """Run a command once, unless an earlier run of this program did; what `read` makes of its output and its
         largest resident set (GB), or None where it failed, which is noted. `ended`: to be stopped at its limit is
-        how it ends."""
+        how it ends. `again`: run it whatever is known."""
         known = self.entry(of)
-        if known and known["status"] == "done":
+        if known and known["status"] == "done" and not again:
             say(f"  {named(of)}: known from an earlier run")
             return known["found"]
         words, started = [str(word) for word in command], time.perf_counter()
-        facts: dict[str, Any] = {"command": clean(shown(words, environment), self.work)}
+        facts: dict[str, Any] = {"command": shown(words, environment)}
         say(f"  {named(of)} ...")
         try:
             try:
@@ -282,7 +286,8 @@ def clean(text: str, work: Path) -> str:
     for path, name in ((work, "WORK"), (ROOT, "."), (Path(sys.prefix), "PYTHON"), (Path.home(), "~")):
         for spelling in {str(path), str(path.resolve())}:
             text = text.replace(spelling, name)
-    return text.replace(os.environ.get("USER") or "\0", "USER") if len(os.environ.get("USER", "")) > 3 else text
+    user = os.environ.get("USER", "")
+    return re.sub(rf"\b{re.escape(user)}\b", "USER", text) if len(user) > 2 and user != "root" else text
 
 
 def named(of: Mapping[str, Any]) -> str:

@@ -46,7 +46,7 @@ def facts(result: dict[str, Any]) -> dict[str, Any]:
 def machine(result: dict[str, Any]) -> str:
     """Chip, cores, memory."""
     told = facts(result)
-    size = told["memory_bytes"] / 1e9 if "memory_bytes" in told else told.get("memory_kib", 0) * 1024 / 1e9
+    size = told.get("memory_bytes", told.get("memory_kib", 0) * 1024) / 2**30  # as machines are sold
     gpu = f", {told['gpu_cores']} GPU cores" if "gpu_cores" in told else ""
     system = f", macOS {told['macos']}" if "macos" in told else ""
     return f"{told.get('chip', 'an unknown chip')}, {told.get('cores', '?')} cores{gpu}, {size:.0f} GB{system}"
