@@ -56,8 +56,8 @@ class Model:
 # Names and sizes as on the hub in November 2026. Qwen3.5's files hold its image tower too.
 SMOLLM2 = Model(("mlx-community/SmolLM2-135M-Instruct", "HuggingFaceTB/SmolLM2-135M-Instruct"), 0.27)
 QWEN3 = Model(("mlx-community/Qwen3-0.6B-4bit",), 0.35)
-QWEN35 = Model(("mlx-community/Qwen3.5-0.8B-MLX-4bit", "mlx-community/Qwen3.5-0.8B-4bit", "Qwen/Qwen3.5-0.8B"), 0.65)
-GEMMA3 = Model(("mlx-community/gemma-3-270m-it-4bit", "mlx-community/gemma-3-1b-it-4bit"), 0.19)
+QWEN35 = Model(("mlx-community/Qwen3.5-0.8B-MLX-4bit", "mlx-community/Qwen3.5-0.8B-4bit"), 0.65)
+GEMMA3 = Model(("mlx-community/gemma-3-270m-it-4bit", "mlx-community/gemma-3-270m-it-qat-4bit"), 0.19)
 LLAMA32 = Model(("mlx-community/Llama-3.2-1B-Instruct-4bit",), 0.71)
 QWEN3_8B = Model(("mlx-community/Qwen3-8B-4bit",), 4.6)
 EMBEDDED = Model((str(TINY),), 0.0)
@@ -227,7 +227,7 @@ class Job:
 
     def model(self, wanted: Model) -> Path:
         """The folder of a model: the user's own copy, or one downloaded into the work folder. Missing says why none."""
-        reasons = []
+        reasons: dict[str, list[str]] = {}  # why -> which
         for name in wanted.names:
             if (folder := Path(name).expanduser()).is_dir():
                 return folder
@@ -240,10 +240,11 @@ class Job:
                 folder = Path(text.strip().splitlines()[-1])
                 if next(folder.glob("*.safetensors"), None):
                     return folder
-                reasons.append(f"{name}: no weights in {folder.name}")
+                why = "it holds no weights"
             except launch.Failed as error:
-                reasons.append(f"{name}: {str(error).splitlines()[-1]}")
-        raise Missing(clean("; ".join(reasons), self.work))
+                why = str(error).splitlines()[-1]
+            reasons.setdefault(why, []).append(name)
+        raise Missing("; ".join(f"{', '.join(names)}: {why}" for why, names in reasons.items()))
 
     def texts(self, model: Path, *flags: Any) -> Path:
         """The folder of rows that mac_texts.py makes for a model."""
