@@ -137,17 +137,21 @@ def told(job: Job, names: list[str], output: Path) -> str:
 
 def do(job: Job, names: list[str]) -> None:
     """Part after part; one that fails is told, and the next one goes on."""
+    parts = job.result["parts"]
+    left = [name for name in names if parts.get(name, {}).get("status") != "done"]
+    for name in PARTS:
+        if parts.get(name, {"status": "left out"})["status"] == "left out":
+            reason = "not reached" if name in names else "not asked for"
+            parts[name] = {"status": "left out", "reason": reason, "seconds": 0.0, "entries": []}
     for name in names:
-        known = job.result["parts"].get(name)
-        if known and known["status"] == "done" and name != "setup":  # its environment may be gone
+        known = parts[name]
+        if name not in left and not (name == "setup" and left):  # its environment may be gone
             say(f"{name}: done in an earlier run")
             continue
         say(f"{name}: {DONE_BY[name].about}")
         started, job.part = time.perf_counter(), name
-        before = known or {"entries": [], "seconds": 0.0}
-        part: dict[str, Any] = {"status": "interrupted", "reason": "ended from outside", "seconds": before["seconds"],
-                                "entries": before["entries"]}  # fmt: skip
-        job.result["parts"][name] = part
+        part: dict[str, Any] = {**known, "status": "interrupted", "reason": "ended from outside"}
+        parts[name] = part
         job.save()
         try:
             DONE_BY[name].run(job)
@@ -158,7 +162,7 @@ def do(job: Job, names: list[str]) -> None:
             message = clean(str(error), job.work).splitlines()
             part |= {"status": "failed", "reason": f"{type(error).__name__}: {message[-1] if message else ''}"}
         finally:
-            part["seconds"] = round(before["seconds"] + time.perf_counter() - started, 1)
+            part["seconds"] = round(known["seconds"] + time.perf_counter() - started, 1)
             job.save()
         say(f"{name}: {part['status']}{', ' + part['reason'] if part['reason'] else ''}, {part['seconds']:.0f} s")
         if name == "setup" and part["status"] != "done" and not job.given:
@@ -191,7 +195,7 @@ def finish(job: Job, keep: bool) -> int:
     elif not keep:
         mac_facts.undo(job)
         job.clear()
-    return 1 if any(part["status"] != "done" for part in parts.values()) else 0
+    return 1 if any(part["status"] in ("failed", "interrupted") for part in parts.values()) else 0
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -222,6 +226,7 @@ def measured(job: Job, names: list[str], keep: bool) -> int:
 
     def end(number: int, _: Any) -> None:
         asked.append(number)
+        os.write(2, b"\nending what runs; the result is kept\n")
         raise KeyboardInterrupt
 
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):

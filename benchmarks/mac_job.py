@@ -25,6 +25,7 @@ SCHEMA = 1
 ROOT = Path(__file__).resolve().parent.parent
 TINY = ROOT / "mlx_realign/assets/tiny-chat"
 LOG_LINES = 12
+LIMIT_S = 1800.0  # of one measurement: a machine that swaps may take for ever
 WEIGHTS = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
 
 FETCH = """
@@ -153,7 +154,7 @@ class Job:
         read: Callable[[str, float], dict[str, Any]],
         *,
         environment: Mapping[str, str] | None = None,
-        limit: float | None = None,
+        limit: float = LIMIT_S,
         watch: Callable[[int], None] = lambda pid: None,
         ended: bool = False,
         again: bool = False,
