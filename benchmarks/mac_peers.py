@@ -77,7 +77,7 @@ def compare(job: Job) -> None:
     for row in SMALL_ROWS if small else ROWS:
         reason = refused(job, row)
         if reason:
-            job.leave_out({"row": row.key}, reason, found=None, published=row.published)
+            job.leave_out({"row": row.key}, f"{reason}; published: {row.published}", published=row.published)
             continue
         one_row(job, row, {key: venv for key, venv in venvs.items() if fit(row, key)})
     for key, reason in ({} if small else NOT_HERE).items():
