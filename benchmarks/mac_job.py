@@ -15,6 +15,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -298,5 +299,6 @@ def named(of: Mapping[str, Any]) -> str:
 
 
 def say(text: str) -> None:
-    """A line at once."""
-    print(text, flush=True)
+    """A line at once; where the terminal is gone, the result is what counts."""
+    with suppress(OSError):
+        print(text, flush=True)
