@@ -5,18 +5,22 @@ its parent's, so the process that starts them has to stay small."""
 import json
 import os
 import resource
+import signal
 import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from workload import WARM_UP_STEPS
 
+GRACE_S = 30.0  # from SIGTERM to SIGKILL
 PEAK = """
 import time, mlx_realign, mlx.core as mx
 a, b = (mx.random.normal((2048, 2048)) for _ in "ab")
@@ -49,24 +53,80 @@ class Failed(Exception):
     """A contestant ended with another code than 0."""
 
 
-def run(command: Sequence[str | Path], environment: dict[str, str] | None = None) -> tuple[str, float, float]:
-    """Standard output, wall seconds and largest resident set (GB) of a command; raises Failed with its last lines."""
+class Late(Failed):
+    """A contestant was told to end when its time was over."""
+
+
+def run(
+    command: Sequence[str | Path],
+    environment: dict[str, str] | None = None,
+    *,
+    limit: float | None = None,
+    watch: Callable[[int], None] = lambda pid: None,
+) -> tuple[str, float, float]:
+    """Standard output, wall seconds and largest resident set (GB) of a command; raises Failed with its last lines.
+
+    After `limit` seconds it gets SIGTERM, and Late is raised. `watch` is called every second with its process id. It
+    is a session of its own: where this process is interrupted, it is ended with all that it started.
+    """
+    words, over = [str(word) for word in command], threading.Event()
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
         start = time.perf_counter()
         child = subprocess.Popen(
-            [str(word) for word in command], stdout=out, stderr=err, env=os.environ | (environment or {})
+            words,
+            stdin=subprocess.DEVNULL,
+            stdout=out,
+            stderr=err,
+            env=os.environ | (environment or {}),
+            start_new_session=True,
         )
-        _, status, usage = os.wait4(child.pid, 0)
+        late: list[bool] = []
+        try:
+            threading.Thread(target=_look_after, args=(child.pid, over, limit, watch, late), daemon=True).start()
+            _, status, usage = os.wait4(child.pid, 0)
+        except BaseException:
+            end(child)
+            raise
+        finally:
+            over.set()
         wall = time.perf_counter() - start
         child.returncode = os.waitstatus_to_exitcode(status)
         out.seek(0)
         err.seek(0)
         text = out.read()
-        if child.returncode:
+        if child.returncode or late:
             tail = "\n".join((text + err.read()).splitlines()[-15:])
             why = f"ended with {child.returncode}: {tail.splitlines()[-1] if tail else ''}"
-            raise Failed(f"{' '.join(map(str, command))}\n{tail}\n{why}")
+            why = f"not done after {limit:g} s" if late else why
+            raise (Late if late else Failed)(f"{' '.join(words)}\n{tail}\n{why}")
     return text, wall, peak_gb(usage)
+
+
+def _look_after(
+    pid: int, over: threading.Event, limit: float | None, watch: Callable[[int], None], late: list[bool]
+) -> None:
+    began = time.perf_counter()
+    ends = [] if limit is None else [(limit, signal.SIGTERM), (limit + GRACE_S, signal.SIGKILL)]
+    while not over.wait(min(1.0, max(0.01, ends[0][0] - (time.perf_counter() - began))) if ends else 1.0):
+        watch(pid)
+        if ends and time.perf_counter() - began >= ends[0][0]:
+            late.append(True)
+            _signal(pid, ends.pop(0)[1])
+
+
+def end(child: subprocess.Popen) -> None:
+    """SIGTERM first, because a process killed hard may leave a Mac's wired memory behind; SIGKILL after a while."""
+    _signal(child.pid, signal.SIGTERM)
+    try:
+        child.wait(GRACE_S)
+    except subprocess.TimeoutExpired:
+        _signal(child.pid, signal.SIGKILL)
+        child.wait()
+
+
+def _signal(pid: int, number: signal.Signals) -> None:
+    with suppress(ProcessLookupError, PermissionError):
+        os.killpg(pid, number)
 
 
 def peak_gb(usage: resource.struct_rusage) -> float:

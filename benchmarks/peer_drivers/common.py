@@ -32,6 +32,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--group-size", type=int, default=8, help="grpo: completions of a prompt")
     parser.add_argument("--max-new-tokens", type=int, default=64, help="grpo: most tokens of a completion")
     parser.add_argument("--rows", type=int, help="grpo: completions in one backward pass; default: all of a step")
+    parser.add_argument("--dtype", default="float32", help="of peers that choose one; auto: the model's own")
     parser.add_argument("--limit", type=float, help="seconds after which it reports what it did and ends")
     parser.add_argument(
         "--set", action="append", default=[], metavar="FIELD=VALUE", help="one more setting of the peer"

@@ -72,7 +72,7 @@ def fields_of(a) -> dict[str, Any]:  # noqa: ANN001
 def main(a) -> None:  # noqa: ANN001
     checkpoint = {} if a.checkpoint else {"use_gradient_checkpointing": False}
     model, tokenizer = FastMLXModel.from_pretrained(
-        a.model, max_seq_length=a.max_length, dtype="float32", load_in_4bit=False
+        a.model, max_seq_length=a.max_length, dtype=None if a.dtype == "auto" else a.dtype, load_in_4bit=False
     )
     model = FastMLXModel.get_peft_model(
         model, r=a.rank, lora_alpha=a.alpha, max_seq_length=a.max_length, target_modules=LINEAR, **checkpoint
