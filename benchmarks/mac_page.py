@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The result of `mac.py` as Markdown to paste into an issue: a table for each part, and what is not there, with why.
 
-    python benchmarks/mac_page.py mac-report/result.json
+python benchmarks/mac_page.py mac-report/result.json
 """
 
 import json

@@ -19,7 +19,7 @@ PYTHON_FILES = sorted([*PACKAGE_FILES, *(ROOT / "tests").rglob("*.py"), *(ROOT /
 # (it has a `main`) or the open top of the package.
 LAYERS = [
     {"errors", "cache", "elf", "blas", "batch", "calls", "ends", "files", "flags", "gguf", "locks", "manners"}
-    | {"noise", "owners", "reach"}
+    | {"noise", "owners", "packing", "reach"}
     | {"streams", "terminal", "untrusted", "workers"},
     {"kernels"},
     {"config", "losses", "advantages", "policy_gradient", "policy_terms", "sampling", "directions", "steerability"}
