@@ -47,7 +47,7 @@ class Feed:
         """shared: what the batches of a window, or of an evaluation, have in common (methods.shared)."""
         self.policy, self.shared = policy, shared
         self.reference, self.settings, self.rows, self.held_out = reference, settings, rows, held_out
-        self.width = policy.width if policy.compiled else (lambda n: n)
+        self.width = policy.width if policy.compiled and not policy.exact else (lambda n: n)
         self.plans: dict[int, list[np.ndarray]] = {}
         self.layout: layout.Layout | None = None
         self.per_epoch = len(self.plan(0))
