@@ -217,3 +217,17 @@ def test_every_place_of_mlx_lm_that_asks_for_a_kernel_or_the_device_is_known():
         if asking.search(path.read_text(encoding="utf-8")) and "examples" not in path.parts
     }
     assert found == KNOWN
+
+
+def test_a_step_has_no_more_operations_than_mlx_lm_s_trainer_and_sharing_adds_six():
+    """A layer, with the same adapters. Beside a second pass, sharing gathers keys and values and joins them to own ones;
+    in the gradient it scatters them back."""
+    (found,) = pretended("llama", script="operations.py")
+    stock, plain, shared = (Counter(found[name]) for name in ("mlx-lm", "plain", "shared"))
+    assert sum(plain.values()) <= sum(stock.values())
+    added = {name: shared[name] - 2 * plain[name] for name in ("Gather", "Scatter", "Concatenate")}
+    assert added == {"Gather": 2, "Scatter": 2, "Concatenate": 2}
+    other = {
+        name: shared[name] - 2 * plain[name] for name in ("Matmul", "Copy", "Softmax", "Multiply", "AsType", "Exp")
+    }
+    assert max(other.values()) <= 0
