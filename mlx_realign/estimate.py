@@ -9,7 +9,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from . import layout
+from . import layout, packing
 from .batch import Batch
 from .data import Dataset
 from .optim import flat
@@ -103,7 +103,12 @@ def _padded_shares(loop: Any) -> dict[str, Any]:
     policy, feed = loop.policy, loop.feed
     kinds: Counter[tuple[int, ...]] = Counter()
     real = 0
-    for places in layout.spread(feed.plan(0)):
+    for places in layout.spread(feed.plan(0)) if policy.packing else ():
+        lengths = feed.rows.sizes[places] - 1
+        bins, width = packing.fitted(lengths)
+        kinds[len(bins), width + 1, 0, 0] += 1
+        real += int(lengths.sum())
+    for places in () if policy.packing else layout.spread(feed.plan(0)):
         rows, counts = feed.rows, feed.rows.num_completions[places]
         if not counts.all():
             return {}  # the policy writes completions itself

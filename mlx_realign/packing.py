@@ -42,10 +42,15 @@ def pack(batch: Batch) -> Batch:
 
 
 def fitted(lengths: np.ndarray) -> tuple[list[list[int]], int]:
-    """(rows of each packed row, their width), by best-fit decreasing into as few rows as CAPACITY allows."""
-    total, longest = int(lengths.sum()), int(lengths.max())
-    count = max(1, round(total / max(CAPACITY, longest)))
-    width = max(longest, math.ceil(total / count))
+    """(rows of each packed row, their width), by best-fit decreasing into about as few rows as CAPACITY allows."""
+    usual = max(1, round(int(lengths.sum()) / max(CAPACITY, int(lengths.max()))))
+    tried = [_fitted(lengths, count) for count in range(max(1, usual - 1), usual + 3)]
+    return min(tried, key=lambda found: len(found[0]) * found[1])
+
+
+def _fitted(lengths: np.ndarray, count: int) -> tuple[list[list[int]], int]:
+    """Into at most so many rows, as narrow as that allows."""
+    width = max(int(lengths.max()), math.ceil(int(lengths.sum()) / count))
     while True:
         bins: list[list[int]] = []
         room: list[int] = []
@@ -60,5 +65,9 @@ def fitted(lengths: np.ndarray) -> tuple[list[list[int]], int]:
                 bins.append([row])
                 room.append(width - n)
         if len(bins) <= count:
-            return bins, -(-width // STEP) * STEP
+            return bins, _up(max(int(lengths[rows].sum()) for rows in bins))
         width += max(1, width // 64)
+
+
+def _up(n: int) -> int:
+    return -(-n // STEP) * STEP

@@ -39,6 +39,8 @@ def refuse_pointless(settings: TrainSettings, module: Any, own: Any) -> None:
             "--steer is for methods that look at the policy alone, sft, orpo and cpo: here its log-probs are compared "
             "with those of a reference, or of the policy that generated, and these are not steered"
         )
+    if settings.plan_for != "here" and not settings.dry_run:
+        raise UserError("--plan-for tells about a run that is not made: add --dry-run")
     if settings.pack and (module.FORMAT != "sft" or settings.steer or settings.router_aux_loss_coef):
         reason = "takes no --steer and no --router-aux-loss-coef" if module.FORMAT == "sft" else "is for sft"
         raise UserError(f"--pack {reason}: leave it out")

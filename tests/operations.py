@@ -4,7 +4,7 @@
     python tests/operations.py [llama]
 
 prints a line of JSON: {"mlx-lm": {operation: count}, "plain": ..., "shared": ...}. LoRA on every linear layer; a row by
-itself, and two completions behind a prompt that is computed once. Counted as the difference of models of 4 and 2 layers.
+itself, and two completions behind a prompt that is computed once. Models of 4 layers less those of 2, halved.
 """
 
 import json

@@ -77,6 +77,11 @@ def test_what_cannot_be_packed_is_refused(options: dict[str, Any], tmp_path: Pat
         run(method, {"pack": True} | {k: v for k, v in options.items() if k != "method"}, tmp_path)
 
 
+def test_a_plan_for_another_device_needs_a_dry_run(tmp_path: Path):
+    with pytest.raises(UserError, match="--plan-for .* --dry-run"):
+        run("sft", {"plan_for": "metal"}, tmp_path)
+
+
 def test_packed_rows_are_nearly_full():
     lengths = np.maximum(2, np.round(40 * np.exp(0.8 * np.random.default_rng(0).normal(size=64)))).astype(int)
     bins, width = packing.fitted(lengths)

@@ -220,8 +220,7 @@ def test_every_place_of_mlx_lm_that_asks_for_a_kernel_or_the_device_is_known():
 
 
 def test_a_step_has_no_more_operations_than_mlx_lm_s_trainer_and_sharing_adds_six():
-    """A layer, with the same adapters. Beside a second pass, sharing gathers keys and values and joins them to own ones;
-    in the gradient it scatters them back."""
+    """A layer, with the same adapters. Sharing gathers keys and values, joins them to own ones, scatters them back."""
     (found,) = pretended("llama", script="operations.py")
     stock, plain, shared = (Counter(found[name]) for name in ("mlx-lm", "plain", "shared"))
     assert sum(plain.values()) <= sum(stock.values())
